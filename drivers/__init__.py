@@ -1,0 +1,20 @@
+"""The drivers, one file each. A driver's client library is imported with its file, not before."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from persistence.drivers.filesystem import filesystem_driver
+    from persistence.drivers.memory import memory_driver
+    from persistence.drivers.sqlite import sqlite_driver
+
+__all__ = ["filesystem_driver", "memory_driver", "sqlite_driver"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(import_module(f"{__name__}.{name.removesuffix('_driver')}"), name)

@@ -1,0 +1,1 @@
+"""Persistence for AI agents: one interface, the same behaviour on every store."""

@@ -1,0 +1,129 @@
+"""What the constructors of drivers have in common: option checks, URLs, missing clients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+
+from persistence.errors import ConfigurationError
+
+__all__ = [
+    "Durability",
+    "SplitURL",
+    "check_durability",
+    "check_identifier",
+    "check_namespace",
+    "flag",
+    "masked_url",
+    "missing_client",
+    "split_url",
+]
+
+Durability: TypeAlias = Literal["power", "process"]
+"""An acknowledged write survives the loss of the machine's power, or only the end of the process."""
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,63}")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+
+
+def check_namespace(namespace: str) -> str:
+    """Return `namespace`; raise `ConfigurationError` unless it is 1 to 63 of ``A-Za-z0-9_-``."""
+    if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
+        message = f"namespace={namespace!r}: use 1 to 63 letters, digits, '_' or '-'"
+        raise ConfigurationError(message)
+    return namespace
+
+
+def check_durability(durability: str) -> Durability:
+    """Return `durability`; raise `ConfigurationError` unless it is "power" or "process"."""
+    if durability not in ("power", "process"):
+        message = f"durability={durability!r}: use 'power' or 'process'"
+        raise ConfigurationError(message)
+    return cast("Durability", durability)
+
+
+def check_identifier(name: str, option: str) -> str:
+    """Return `name` if it is a plain SQL identifier, else raise `ConfigurationError` naming `option`."""
+    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
+        message = f"{option}={name!r}: use a letter or '_', then up to 62 letters, digits or '_'"
+        raise ConfigurationError(message)
+    return name
+
+
+def missing_client(driver: str, module: str) -> ConfigurationError:
+    """Return the error for a driver whose client library is not installed."""
+    return ConfigurationError(
+        f"the {driver} driver needs the package {module!r}: "
+        f"run  pip install 'agent-persistence[{driver}]'"
+    )
+
+
+def flag(text: str) -> bool:
+    """Read a yes or no out of an URL; raise ValueError for anything else."""
+    lowered = text.lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(text)
+
+
+class SplitURL(NamedTuple):
+    """An URL, taken apart.
+
+    `options` holds the query options that the driver knows, converted;
+    `url` is the URL without them, with whatever is left of the query.
+    """
+
+    parts: SplitResult
+    options: dict[str, Any]
+    url: str
+
+    @property
+    def path(self) -> str:
+        """The path, percent-decoded, without the slash that ends the authority."""
+        return unquote(self.parts.path[1:])
+
+
+def split_url(
+    url: str, known: Mapping[str, Callable[[str], Any]], *, others: bool = False
+) -> SplitURL:
+    """Take the options `known` (name → converter) out of the query of `url`.
+
+    An option that is unknown (unless `others` leaves those to the client),
+    given twice or not convertible raises `ConfigurationError`.
+    """
+    parts = urlsplit(url)
+    options: dict[str, Any] = {}
+    rest: list[tuple[str, str]] = []
+    for name, text in parse_qsl(parts.query, keep_blank_values=True):
+        convert = known.get(name)
+        if convert is None:
+            if not others:
+                message = f"{parts.scheme}:// URL: no option {name!r}; there are {', '.join(sorted(known))}"
+                raise ConfigurationError(message)
+            rest.append((name, text))
+            continue
+        if name in options:
+            message = f"{parts.scheme}:// URL: option {name!r} is given twice"
+            raise ConfigurationError(message)
+        try:
+            options[name] = convert(text)
+        except ValueError as error:
+            message = f"{parts.scheme}:// URL: option {name}={text!r} is no {_kind(convert)}"
+            raise ConfigurationError(message) from error
+    # urlunsplit would drop the empty authority of "file:///x".
+    query = f"?{urlencode(rest)}" if rest else ""
+    return SplitURL(parts, options, url.partition("?")[0] + query)
+
+
+def masked_url(url: str) -> str:
+    """Return `url` fit for a log: no password, no query."""
+    head = url.partition("?")[0].partition("#")[0]
+    return re.sub(r"(?<=://)([^/@:]*):(?:[^/]*)@", r"\1:***@", head)
+
+
+def _kind(convert: Callable[[str], Any]) -> str:
+    return {flag: "yes or no", int: "whole number", float: "number"}.get(convert, "valid value")
