@@ -1,1 +1,75 @@
-"""Persistence for AI agents: one interface, the same behaviour on every store."""
+"""Persistence for AI agents: one interface, the same behaviour on every store.
+
+async with create_persistence("sqlite:///agents.db") as p:
+    await p.sessions.add_message("s1", {"role": "user", "content": "hello"})
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from persistence.collection import Listing
+from persistence.connect import Persistence, create_persistence
+from persistence.errors import (
+    ConfigurationError,
+    ConflictError,
+    CorruptRecordError,
+    InvalidKeyError,
+    InvalidValueError,
+    NotFoundError,
+    OutcomeUnknownError,
+    PersistenceError,
+    UnavailableError,
+)
+from persistence.ids import new_id
+from persistence.records import (
+    ContainerRecord,
+    ImageRecord,
+    LLMProviderRecord,
+    PrototypeRecord,
+    SessionRecord,
+)
+from persistence.repositories import Deleted, StoredMessage
+
+if TYPE_CHECKING:
+    from persistence.drivers import filesystem_driver, memory_driver, sqlite_driver
+
+__version__ = "0.1.0"
+
+_DRIVERS = ("filesystem_driver", "memory_driver", "sqlite_driver")
+
+__all__ = [
+    "ConfigurationError",
+    "ConflictError",
+    "ContainerRecord",
+    "CorruptRecordError",
+    "Deleted",
+    "ImageRecord",
+    "InvalidKeyError",
+    "InvalidValueError",
+    "LLMProviderRecord",
+    "Listing",
+    "NotFoundError",
+    "OutcomeUnknownError",
+    "Persistence",
+    "PersistenceError",
+    "PrototypeRecord",
+    "SessionRecord",
+    "StoredMessage",
+    "UnavailableError",
+    "create_persistence",
+    "filesystem_driver",
+    "memory_driver",
+    "new_id",
+    "sqlite_driver",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # A driver's file, and with it its client library, is imported when it is asked for.
+    if name in _DRIVERS:
+        from persistence import drivers
+
+        return getattr(drivers, name)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

@@ -55,8 +55,7 @@ def check_identifier(name: str, option: str) -> str:
 def missing_client(driver: str, module: str) -> ConfigurationError:
     """Return the error for a driver whose client library is not installed."""
     return ConfigurationError(
-        f"the {driver} driver needs the package {module!r}: "
-        f"run  pip install 'agent-persistence[{driver}]'"
+        f"the {driver} driver needs the package {module!r}: run  pip install 'agent-persistence[{driver}]'"
     )
 
 
@@ -87,9 +86,7 @@ class SplitURL(NamedTuple):
         return unquote(self.parts.path[1:])
 
 
-def split_url(
-    url: str, known: Mapping[str, Callable[[str], Any]], *, others: bool = False
-) -> SplitURL:
+def split_url(url: str, known: Mapping[str, Callable[[str], Any]], *, others: bool = False) -> SplitURL:
     """Take the options `known` (name → converter) out of the query of `url`.
 
     An option that is unknown (unless `others` leaves those to the client),

@@ -1,0 +1,70 @@
+"""What every public call does before and after its work: life checks and the timeout."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+from persistence.coalescer import CALL, Call
+from persistence.errors import InvalidValueError, OutcomeUnknownError, UnavailableError
+from persistence.store import Store
+
+__all__ = ["Repository", "public"]
+
+F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
+T = TypeVar("T")
+
+
+class Repository:
+    """Base of the objects whose methods users call."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+
+def public(method: F) -> F:
+    """Make a public call of a `Repository` method, which has a keyword ``timeout`` (seconds) and ignores it.
+
+    The call is refused where the persistence is closed, or is used on another
+    event loop or after a fork. When the time is up it raises
+    `UnavailableError` if no write had been sent, else `OutcomeUnknownError`.
+    """
+
+    @functools.wraps(method)
+    async def call(self: Repository, *args: Any, **kwargs: Any) -> Any:
+        coalescer = self._store.coalescer
+        coalescer.enter()
+        try:
+            timeout = kwargs.get("timeout")
+            if timeout is None:
+                return await method(self, *args, **kwargs)
+            return await _within(timeout, method(self, *args, **kwargs))
+        finally:
+            coalescer.leave()
+
+    return cast("F", call)
+
+
+async def _within(timeout: float, work: Awaitable[T]) -> T:
+    if not isinstance(timeout, int | float) or not timeout >= 0:
+        if isinstance(work, Coroutine):
+            work.close()
+        message = f"timeout={timeout!r}: use seconds, 0 or more, or None to wait"
+        raise InvalidValueError(message)
+    call = Call()
+    token = CALL.set(call)
+    try:
+        async with asyncio.timeout(timeout) as limit:
+            return await work
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        if call.sent:
+            message = f"no answer within {timeout} s: the change may have been made or not"
+            raise OutcomeUnknownError(message) from error
+        message = f"no answer within {timeout} s; nothing was changed"
+        raise UnavailableError(message) from error
+    finally:
+        CALL.reset(token)

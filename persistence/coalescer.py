@@ -1,0 +1,650 @@
+"""Many awaiting callers, one driver call: the one place that batches, probes and retries.
+
+A call goes out at once when its lane is idle; what arrives meanwhile leaves
+together in the next one. No timers: a lone caller waits for nobody. Writes to
+one partition that share no key are merged into one Write if every op carries
+an ``expect`` or they only put hints; a definite refusal splits them again.
+
+Every driver call runs in a task of this module, so that a caller who gives up
+never interrupts one: a cancelled write is whole or absent.
+
+An unknown outcome is settled here (`_settle`): read a key that the Write puts;
+its version there means applied. Otherwise the same Write, with the same
+version, is sent again, which is safe because its own ``expect`` refuses a
+second application. What cannot be repeated safely, or not settled within
+`RETRY_SECONDS`, ends in `OutcomeUnknownError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextvars import ContextVar
+from itertools import islice
+from typing import Any, Final, TypeVar
+from zlib import crc32
+
+from persistence.driver import (
+    ABSENT,
+    MAX_GET_KEYS,
+    MAX_KEY_CHARS,
+    MAX_PARTITION_CHARS,
+    MAX_VALUE_BYTES,
+    MAX_WRITE_BYTES,
+    MAX_WRITE_OPS,
+    Driver,
+    Entry,
+    Key,
+    Op,
+    Page,
+    Put,
+    Write,
+)
+from persistence.errors import (
+    ConfigurationError,
+    InvalidKeyError,
+    InvalidValueError,
+    OutcomeUnknownError,
+    PersistenceError,
+    UnavailableError,
+)
+from persistence.ids import random_version
+
+__all__ = ["CALL", "RETRY_SECONDS", "Call", "Coalescer", "Room", "backoff"]
+
+T = TypeVar("T")
+
+RETRY_SECONDS: Final = 10.0
+"""How long an unanswered call is tried again before its caller gets an error."""
+
+_ROOM_BYTES = 64 << 20  # waiting writes; above this, callers wait too
+_SCANS_AT_ONCE = 8
+_LOOK_AHEAD = 4_000  # queued writes looked at for one commit
+_PROBES = 4  # puts of a Write that are looked up to find out whether it was applied
+_TRANSIENT = (UnavailableError, OSError, TimeoutError)
+
+
+class Call:
+    """What a public call with a timeout needs to know when its time is up."""
+
+    __slots__ = ("sent",)
+
+    def __init__(self) -> None:
+        self.sent = False  # True once a write of this call has been handed to the driver
+
+
+CALL: ContextVar[Call | None] = ContextVar("persistence_call", default=None)
+
+
+async def backoff(attempt: int) -> None:
+    """Sleep before try number `attempt` + 2: 20 ms doubling up to 1 s, with full jitter."""
+    await asyncio.sleep(random.uniform(0.5, 1) * min(1.0, 0.02 * 2 ** min(attempt, 10)))
+
+
+class Room:
+    """A bound on the bytes that wait in memory: beyond it callers wait until there is room."""
+
+    __slots__ = ("_free", "_waiting")
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def take(self, size: int) -> None:
+        """Reserve `size` bytes, waiting while others hold too many."""
+        while self._free <= 0:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self._wake()  # the turn may have come just now: pass it on
+                raise
+        self._free -= size
+
+    def give(self, size: int) -> None:
+        """Return what `take` reserved."""
+        self._free += size
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting and self._free > 0:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+
+class _Member:
+    """One caller's write."""
+
+    __slots__ = ("calls", "future", "ops")
+
+    def __init__(self, ops: tuple[Op, ...], future: asyncio.Future[int], calls: Sequence[Call]) -> None:
+        self.ops = ops
+        self.future = future
+        self.calls = calls
+
+
+class _Group:
+    """Members that travel as one Write."""
+
+    __slots__ = ("hint", "keys", "members", "mergeable", "ops", "partition", "settled", "size", "write")
+
+    def __init__(self, partition: str, members: list[_Member], *, hint: bool, merged: bool) -> None:
+        self.partition = partition
+        self.members = members
+        self.hint = hint
+        self.ops = sum(len(member.ops) for member in members)
+        self.size = sum(_size(op) for member in members for op in member.ops)
+        self.keys: set[str] | None = None
+        # A half of a refused merge stays as it is, or it might be merged again for ever.
+        self.mergeable = not merged and (hint or all(op.expect is not None for op in members[0].ops))
+        self.write = Write(partition, (), ABSENT)
+        self.settled = False
+
+    def waiting(self) -> bool:
+        """Tell whether anybody still wants this written; forget those who do not."""
+        if any(member.future.done() for member in self.members):
+            self.members = [member for member in self.members if not member.future.done()]
+            self.ops = sum(len(member.ops) for member in self.members)
+        return bool(self.members)
+
+    def absorb(self, other: _Group) -> bool:
+        """Take over the members of `other` if the two may be one Write."""
+        if not (self.mergeable and other.mergeable) or self.hint != other.hint:
+            return False
+        if self.ops + other.ops > MAX_WRITE_OPS or self.size + other.size > MAX_WRITE_BYTES:
+            return False
+        if self.keys is None:
+            self.keys = {op.key for member in self.members for op in member.ops}
+        keys = {op.key for member in other.members for op in member.ops}
+        if not self.keys.isdisjoint(keys):
+            return False
+        self.keys |= keys
+        self.members += other.members
+        self.ops += other.ops
+        self.size += other.size
+        return True
+
+    def seal(self) -> Write:
+        """Make the Write, when it leaves."""
+        members = self.members
+        ops = members[0].ops if len(members) == 1 else tuple(op for member in members for op in member.ops)
+        self.write = Write(self.partition, ops, random_version())
+        for member in members:
+            for call in member.calls:
+                call.sent = True
+        return self.write
+
+    def resolve(self, version: int) -> None:
+        """Give every member its answer."""
+        self.settled = True
+        for member in self.members:
+            if not member.future.done():
+                member.future.set_result(version)
+
+    def fail(self, error: BaseException) -> None:
+        """Give every member the error."""
+        self.settled = True
+        for member in self.members:
+            _fail(member.future, error)
+
+
+class _Lane:
+    """Writes to the partitions of one hash class: one `commit` at a time."""
+
+    __slots__ = ("busy", "free", "queue", "running")
+
+    def __init__(self) -> None:
+        self.queue: deque[_Group] = deque()
+        self.busy: set[str] = set()  # partitions with a Write whose outcome is being settled
+        self.free = asyncio.Lock()
+        self.running = False
+
+
+class Coalescer:
+    """The driver, for many callers at once. Opened and closed once, used on one event loop."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._lanes = [_Lane() for _ in range(max(1, int(getattr(driver, "lanes", 1))))]
+        self._reads: deque[tuple[Sequence[Key], asyncio.Future[list[Entry | None]]]] = deque()
+        self._reading = False
+        self._scans = asyncio.Semaphore(_SCANS_AT_ONCE)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
+        self._active = 0
+        self._closed: asyncio.Future[None] | None = None  # done when the last public call has left
+        self._gone = asyncio.Event()
+        self.room = Room(_ROOM_BYTES)
+
+    # ---- life
+
+    async def open(self) -> None:
+        """Open the driver on this event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
+        await self._driver.open()
+
+    async def close(self) -> None:
+        """Let the public calls under way finish, then close the driver. Idempotent."""
+        if self._closed is None:
+            self.check()
+            self._closed = asyncio.get_running_loop().create_future()
+            try:
+                if self._active:
+                    await self._closed
+                while self._tasks:
+                    await asyncio.wait(list(self._tasks))
+                await self._driver.close()
+            finally:
+                self._gone.set()
+        await self._gone.wait()
+
+    def check(self) -> None:
+        """Raise `ConfigurationError` where this object must not be used."""
+        if self._closed is not None:
+            message = "this persistence is closed; call create_persistence() again"
+        elif os.getpid() != self._pid:
+            message = "this persistence was opened before a fork; call create_persistence() in the child"
+        elif asyncio.get_running_loop() is not self._loop:
+            message = "this persistence was opened on another event loop; open one for each loop"
+        else:
+            return
+        raise ConfigurationError(message)
+
+    def enter(self) -> None:
+        """Begin a public call: `close` waits for it."""
+        self.check()
+        self._active += 1
+
+    def leave(self) -> None:
+        """End a public call."""
+        self._active -= 1
+        if not self._active and self._closed is not None and not self._closed.done():
+            self._closed.set_result(None)
+
+    # ---- reads
+
+    async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        """Return the entry of each key, None where there is none."""
+        if not keys:
+            return []
+        parts = [keys[at : at + MAX_GET_KEYS] for at in range(0, len(keys), MAX_GET_KEYS)]
+        futures = []
+        for part in parts:
+            future: asyncio.Future[list[Entry | None]] = asyncio.get_running_loop().create_future()
+            self._reads.append((part, future))
+            futures.append(future)
+        if not self._reading:
+            self._reading = True
+            self.start(self._read())
+        if len(futures) == 1:
+            return await futures[0]
+        return [entry for part in await asyncio.gather(*futures) for entry in part]
+
+    async def scan(
+        self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
+    ) -> Page:
+        """Return one page of a range; see `Driver.scan`."""
+
+        async def call() -> Page:
+            async with self._scans:
+                return await self._driver.scan(partition, start, end, limit=limit, reverse=reverse)
+
+        return await self._run(lambda: self._persist(call))
+
+    async def purge(self, partition: str, start: str, end: str | None) -> None:
+        """Remove a range that nobody needs any more; see `Driver.purge`."""
+        await self._run(lambda: self._persist(lambda: self._driver.purge(partition, start, end)))
+
+    async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
+        """Return a page of partitions; see `Driver.partitions`."""
+        return await self._run(lambda: self._persist(lambda: self._driver.partitions(cursor, limit)))
+
+    async def _read(self) -> None:
+        try:
+            while self._reads:
+                await self._read_batch()
+        finally:
+            self._reading = False
+
+    async def _read_batch(self) -> None:
+        batch: list[tuple[Sequence[Key], asyncio.Future[list[Entry | None]]]] = []
+        keys: list[Key] = []
+        while self._reads and len(keys) + len(self._reads[0][0]) <= MAX_GET_KEYS:
+            part, future = self._reads.popleft()
+            if not future.done():
+                batch.append((part, future))
+                keys += part
+        if not batch:
+            return
+        try:
+            entries = await self._get(keys)
+        except Exception:  # each caller gets its own answer, below
+            for part, future in batch:
+                self.start(self._read_alone(part, future))
+            return
+        except asyncio.CancelledError:
+            for _, future in (*batch, *self._reads):
+                future.cancel()
+            raise
+        at = 0
+        for part, future in batch:
+            if not future.done():
+                future.set_result(entries[at : at + len(part)])
+            at += len(part)
+
+    async def _read_alone(self, keys: Sequence[Key], future: asyncio.Future[list[Entry | None]]) -> None:
+        async def call() -> list[Entry | None]:
+            async with self._scans:
+                return await self._get(keys)
+
+        try:
+            entries = await self._persist(call)
+        except (Exception, asyncio.CancelledError) as error:
+            _fail(future, error)
+        else:
+            if not future.done():
+                future.set_result(entries)
+
+    async def _get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        entries = await self._driver.get(keys)
+        if len(entries) != len(keys):
+            message = f"the driver's get() gave {len(entries)} entries for {len(keys)} keys"
+            raise ConfigurationError(message)
+        return entries
+
+    async def _persist(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a call that may be repeated, until the store answers or the time is up."""
+        deadline = asyncio.get_running_loop().time() + RETRY_SECONDS
+        attempt = 0
+        while True:
+            try:
+                return await call()
+            except _TRANSIENT as error:
+                if asyncio.get_running_loop().time() >= deadline:
+                    if isinstance(error, UnavailableError):
+                        raise
+                    message = f"the store does not answer: {type(error).__name__}"
+                    raise UnavailableError(message) from error
+            await backoff(attempt)
+            attempt += 1
+
+    async def _run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Await a driver call in a task of its own, which the caller's cancellation does not reach."""
+        task = self.start(call())
+        # Its caller may be cancelled, and then nobody asks for the outcome.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a task that belongs to no caller; `close` waits for it."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # ---- writes
+
+    async def write(self, partition: str, ops: Iterable[Op], *, hint: bool = False) -> int:
+        """Apply `ops` whole or not at all; return their version, or `ABSENT` if an ``expect`` refused.
+
+        `hint` marks ops that may be applied twice, in any order (index entries, stubs).
+        Raises `OutcomeUnknownError`, `UnavailableError`, `InvalidKeyError`, `InvalidValueError`.
+        """
+        ops = tuple(ops)
+        size = sum(_size(op) for op in ops)
+        await self.room.take(size)
+        try:
+            return await self.submit(partition, ops, hint=hint)
+        finally:
+            self.room.give(size)
+
+    def submit(
+        self,
+        partition: str,
+        ops: tuple[Op, ...],
+        *,
+        hint: bool = False,
+        calls: Sequence[Call] | None = None,
+    ) -> asyncio.Future[int]:
+        """Do what `write` does, without waiting for room; the caller has taken it.
+
+        `calls` are the public calls that this write is for, by default the present one.
+        """
+        _check_limits(partition, ops)
+        if calls is None:
+            call = CALL.get()
+            calls = () if call is None else (call,)
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        lane = self._lanes[crc32(partition.encode()) % len(self._lanes)]
+        lane.queue.append(_Group(partition, [_Member(ops, future, calls)], hint=hint, merged=False))
+        self._kick(lane)
+        return future
+
+    def _kick(self, lane: _Lane) -> None:
+        if not lane.running and lane.queue:
+            lane.running = True
+            self.start(self._commit_lane(lane))
+
+    async def _commit_lane(self, lane: _Lane) -> None:
+        try:
+            while batch := _next_batch(lane):
+                await self._commit(lane, batch)
+        except asyncio.CancelledError as error:
+            for group in lane.queue:
+                group.fail(error)
+            raise
+        finally:
+            lane.running = False
+
+    async def _commit(self, lane: _Lane, batch: list[_Group]) -> None:
+        for group in batch:
+            group.seal()
+        cause: BaseException | None = None
+        try:
+            outcomes = await self._send(lane, batch)
+        except Exception as error:  # every outcome is unknown, and settled below
+            cause = error
+            outcomes = [None] * len(batch)
+        except asyncio.CancelledError as error:
+            for group in batch:
+                group.fail(error)
+            raise
+        unknown = []
+        for group, outcome in zip(batch, outcomes, strict=True):
+            if outcome is None:
+                unknown.append(group)
+                lane.busy.add(group.partition)
+            else:
+                self._decide(lane, group, applied=outcome)
+        if unknown:
+            self.start(self._settle(lane, unknown, cause))
+
+    async def _send(self, lane: _Lane, groups: Sequence[_Group]) -> Sequence[bool | None]:
+        async with lane.free:
+            outcomes = await self._driver.commit([group.write for group in groups])
+        if len(outcomes) != len(groups):
+            message = f"the driver's commit() gave {len(outcomes)} outcomes for {len(groups)} writes"
+            raise ConfigurationError(message)
+        return outcomes
+
+    def _decide(self, lane: _Lane, group: _Group, *, applied: bool) -> None:
+        if applied:
+            group.resolve(group.write.version)
+        elif len(group.members) == 1:
+            group.resolve(ABSENT)
+        else:
+            group.settled = True
+            half = len(group.members) // 2
+            for members in (group.members[half:], group.members[:half]):
+                lane.queue.appendleft(_Group(group.partition, members, hint=group.hint, merged=True))
+
+    async def _settle(self, lane: _Lane, groups: list[_Group], cause: BaseException | None) -> None:
+        """Find out what became of writes whose outcome is unknown; their partitions wait meanwhile."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + RETRY_SECONDS
+        attempt = 0
+        try:
+            while True:
+                try:
+                    await self._probe(groups)
+                    cause = await self._send_again(lane, groups, cause)
+                except _TRANSIENT as error:
+                    cause = error
+                groups = self._unsettled(lane, groups)
+                if not groups or loop.time() >= deadline:
+                    break
+                await backoff(attempt)
+                attempt += 1
+        except asyncio.CancelledError as error:
+            for group in groups:
+                group.fail(error)
+            raise
+        except Exception as error:  # probing is impossible: that is what the callers are told
+            cause = error
+        finally:
+            for group in groups:
+                if not group.settled:
+                    group.fail(_unknown(group, cause))
+            self._unsettled(lane, groups)
+
+    def _unsettled(self, lane: _Lane, groups: list[_Group]) -> list[_Group]:
+        """Return the groups that are still open; let the partitions of the others go on."""
+        lane.busy.difference_update(group.partition for group in groups if group.settled)
+        self._kick(lane)
+        return [group for group in groups if not group.settled]
+
+    async def _probe(self, groups: Sequence[_Group]) -> None:
+        """Resolve the groups of which a put is found in the store."""
+        probes = [
+            (group, Key(group.partition, put.key))
+            for group in groups
+            for put in islice((op for op in group.write.ops if isinstance(op, Put)), _PROBES)
+        ]
+        for at in range(0, len(probes), MAX_GET_KEYS):
+            part = probes[at : at + MAX_GET_KEYS]
+            entries = await self._get([key for _, key in part])
+            for (group, _), entry in zip(part, entries, strict=True):
+                if entry is not None and entry.version == group.write.version:
+                    group.resolve(group.write.version)
+
+    async def _send_again(
+        self, lane: _Lane, groups: list[_Group], cause: BaseException | None
+    ) -> BaseException | None:
+        """Send each open group singly, so that a poison Write fails alone; return the last error."""
+        for group in [group for group in groups if not group.settled]:
+            if not (group.hint or any(op.expect is not None for op in group.write.ops)):
+                group.fail(_unknown(group, cause))
+                continue
+            try:
+                (outcome,) = await self._send(lane, [group])
+            except _TRANSIENT:
+                # Let the others go first next time: it may be this one's shard alone.
+                groups.remove(group)
+                groups.append(group)
+                raise
+            except Exception as error:  # alone, and not for want of a connection: the fault is its own
+                await self._probe([group])
+                if not group.settled:
+                    group.fail(_unknown(group, error))
+                continue
+            if outcome or (outcome is False and group.hint):
+                self._decide(lane, group, applied=outcome)
+            elif outcome is False:
+                await self._refused(lane, group, cause)
+        return cause
+
+    async def _refused(self, lane: _Lane, group: _Group, cause: BaseException | None) -> None:
+        """Decide about a repeated Write that was refused: perhaps by its own first application."""
+        if not any(isinstance(op, Put) for op in group.write.ops):
+            group.fail(_unknown(group, cause))
+            return
+        await self._probe([group])
+        if not group.settled:
+            self._decide(lane, group, applied=False)
+
+
+def _unknown(group: _Group, cause: BaseException | None) -> PersistenceError:
+    if isinstance(cause, PersistenceError) and not isinstance(cause, UnavailableError):
+        return cause  # the driver says why it cannot work: that tells the caller more
+    error = OutcomeUnknownError("the store does not tell whether this was written", partition=group.partition)
+    error.__cause__ = cause
+    return error
+
+
+def _next_batch(lane: _Lane) -> list[_Group]:
+    """Take what may leave together: in order within a partition, within the limits of one call."""
+    batch: dict[str, _Group] = {}
+    later: list[_Group] = []
+    held: set[str] = set()  # partitions of which something stays behind
+    ops = size = 0
+    while lane.queue and len(later) < _LOOK_AHEAD:
+        group = lane.queue.popleft()
+        if not group.waiting():
+            continue
+        if batch and (ops + group.ops > MAX_WRITE_OPS or size + group.size > MAX_WRITE_BYTES):
+            later.append(group)
+            break
+        name = group.partition
+        if name in lane.busy or name in held:
+            later.append(group)
+            held.add(name)
+            continue
+        first = batch.get(name)
+        if first is None:
+            batch[name] = group
+        elif not first.absorb(group):
+            later.append(group)
+            held.add(name)
+            continue
+        ops += group.ops
+        size += group.size
+    lane.queue.extendleft(reversed(later))
+    return list(batch.values())
+
+
+def _check_limits(partition: str, ops: tuple[Op, ...]) -> None:
+    if len(partition) > MAX_PARTITION_CHARS:
+        message = f"the partition's name has {len(partition)} characters; the limit is {MAX_PARTITION_CHARS}"
+        raise InvalidKeyError(message, partition=partition)
+    if not 0 < len(ops) <= MAX_WRITE_OPS:
+        message = f"a write has {len(ops):,} changes; 1 to {MAX_WRITE_OPS:,} are possible"
+        raise InvalidValueError(message, partition=partition)
+    size = 0
+    for op in ops:
+        size += _size(op)
+        if len(op.key) > MAX_KEY_CHARS:
+            message = f"the key has {len(op.key)} characters; the limit is {MAX_KEY_CHARS}"
+            raise InvalidKeyError(message, partition=partition, key=op.key)
+        if isinstance(op, Put) and len(op.value) > MAX_VALUE_BYTES:
+            message = f"the value has {len(op.value):,} bytes; the limit is {MAX_VALUE_BYTES:,}"
+            raise InvalidValueError(message, partition=partition, key=op.key)
+        if op.expect == ABSENT and not isinstance(op, Put):
+            message = "only a Put can expect that nothing is there"
+            raise InvalidValueError(message, partition=partition, key=op.key)
+    if size > MAX_WRITE_BYTES:
+        message = f"a write has {size:,} bytes; the limit is {MAX_WRITE_BYTES:,}"
+        raise InvalidValueError(message, partition=partition)
+    if len(ops) > 1 and len({op.key for op in ops}) < len(ops):
+        message = "a write names a key twice"
+        raise InvalidValueError(message, partition=partition)
+
+
+def _size(op: Op) -> int:
+    return len(op.key) + len(op.value) if isinstance(op, Put) else len(op.key)
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    if future.done():
+        return
+    if isinstance(error, asyncio.CancelledError):
+        future.cancel()
+    else:
+        future.set_exception(error)

@@ -1,0 +1,379 @@
+"""Records by id, with listings: what all repositories have in common.
+
+A record is the entry ``record`` of its own partition, ``<kind>/<id>``. Its
+listings are *hints*: small entries elsewhere that sort newest first. The
+record is the truth. A hint is put before the record and removed after it, so a
+crash leaves at most a hint too many; readers fetch the records and drop what
+does not match. No step needs two partitions to change at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import msgspec
+
+from persistence.coalescer import backoff
+from persistence.driver import ABSENT, MAX_GET_KEYS, Delete, Entry, Key, Op, Put
+from persistence.errors import (
+    ConflictError,
+    CorruptRecordError,
+    InvalidKeyError,
+    InvalidValueError,
+    NotFoundError,
+    UnavailableError,
+)
+from persistence.keys import after, encode_id, newest_first, prefix_end
+from persistence.records import Record
+from persistence.store import Body, Chunks, MissingChunkError, Store, pack
+
+__all__ = ["RECORD", "Collection", "HintBody", "Kind", "Listing", "Loaded", "Place", "RecordBody"]
+
+RECORD = "record"
+
+_CONTENTION_SECONDS = 10.0
+_CURSOR = re.compile(r"\d{20}/[!-z|~]{1,200}")
+_INT64 = 1 << 63
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Record)
+
+
+class Listing(list[T]):
+    """A page of results. `cursor` asks for the next page; None: there is none."""
+
+    def __init__(self, items: Iterable[T] = (), *, cursor: str | None = None) -> None:
+        super().__init__(items)
+        self.cursor = cursor
+
+
+class RecordBody(Body):
+    """A record, or the tombstone of one: when it was deleted, and whether its children still have to go."""
+
+    deleted: int | None = None
+    cascade: bool = False
+
+
+class HintBody(Body):
+    """An entry of a listing: when it was put, whose it is, and the text it is listed under."""
+
+    at: int
+    id: str
+    of: str = ""
+
+
+class Place(NamedTuple):
+    """Where records are listed: a partition, a prefix of its keys, and the text it stands for."""
+
+    partition: str
+    prefix: str = ""
+    of: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[R]):
+    """A kind of record: its name (its partitions begin with it), type, id and listings."""
+
+    name: str
+    type: type[R]
+    id_field: str
+    places: Callable[[R], Sequence[Place]]
+
+    def partition(self, id: str) -> str:
+        """Return the partition of the record `id`."""
+        return f"{self.name}/{encode_id(id, self.id_field)}"
+
+    def id_of(self, record: R) -> str:
+        """Return the id of `record`."""
+        id: str = getattr(record, self.id_field)
+        return id
+
+    def hints(self, record: R) -> dict[Key, Place]:
+        """Return the keys under which `record` is listed."""
+        tail = f"{newest_first(record.created_at)}/{encode_id(self.id_of(record), self.id_field)}"
+        return {Key(place.partition, place.prefix + tail): place for place in self.places(record)}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[R]):
+    """What lies under the key of a record: a record, a tombstone, or nothing."""
+
+    record: R | None
+    body: RecordBody | None
+    version: int
+
+
+class Collection(Generic[R]):
+    """The records of one kind."""
+
+    def __init__(self, store: Store, kind: Kind[R]) -> None:
+        self.store = store
+        self.kind = kind
+        self._records = msgspec.json.Decoder(RecordBody)
+        self.hint_decoder = msgspec.json.Decoder(HintBody)
+
+    # ---- one record
+
+    async def find(self, id: str) -> R | None:
+        """Return the record, None if there is none."""
+        (found,) = await self.find_many([id])
+        return found
+
+    async def find_many(self, ids: Sequence[str]) -> list[R | None]:
+        """Return the record of each id: one round trip for up to 256."""
+        return [loaded.record for loaded in await self._load([self.kind.partition(id) for id in ids])]
+
+    async def exists(self, id: str) -> bool:
+        """Tell whether there is a record."""
+        partition = self.kind.partition(id)
+        (entry,) = await self.store.coalescer.get([Key(partition, RECORD)])
+        return entry is not None and self._unpack(partition, entry).deleted is None
+
+    async def load(self, id: str) -> Loaded[R]:
+        """Return what lies under the key of the record."""
+        (loaded,) = await self._load([self.kind.partition(id)])
+        return loaded
+
+    async def save(
+        self,
+        record: R | Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        revive: Callable[[Loaded[R], Put], Any] | None = None,
+    ) -> int:
+        """Create or replace a record; return its version. Two round trips, more if its listings change.
+
+        `revive` writes the given Put over a tombstone, with whatever belongs to
+        it, and returns the version or `ABSENT`; by default it is just put.
+        """
+        record = self._checked(record)
+        partition = self.kind.partition(self.kind.id_of(record))
+        hints = self.kind.hints(record)
+        body = await self.store.fill(partition, RecordBody(), record.to_mapping())
+        # The hints may go out before the record is known, all but those that
+        # the record does not have yet (below).
+        current, _ = await asyncio.gather(
+            self.load(self.kind.id_of(record)), self.put_hints(self.kind.id_of(record), hints)
+        )
+        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
+        attempt = 0
+        while True:
+            live = current.version if current.record is not None else ABSENT
+            if expected_version is not None and expected_version != live:
+                await self._drop_chunks(partition, body)
+                message = f"the version is {live}, not {expected_version}"
+                raise ConflictError(message, partition=partition)
+            old = {} if current.record is None else self.kind.hints(current.record)
+            gone = [key for key in old if key not in hints]
+            new = {key: place for key, place in hints.items() if key not in old}
+            if new and (current.body is not None or attempt):
+                # Whoever takes this record out of a listing read the version of
+                # the hint before he changed the record. We have read the record
+                # after that: a hint put now is one he cannot remove.
+                await self.put_hints(self.kind.id_of(record), new)
+            removals = await self._removals(gone)
+            put = Put(RECORD, pack(body), current.version)
+            if current.body is not None and current.record is None and revive is not None:
+                version: int = await revive(current, put)
+            else:
+                version = await self.store.coalescer.write(partition, [put])
+            if version:
+                await self._remove_hints(removals)
+                await self._drop_chunks(partition, current.body)
+                return version
+            if asyncio.get_running_loop().time() > deadline:
+                message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
+                raise UnavailableError(message, partition=partition)
+            await backoff(attempt)
+            attempt += 1
+            current = await self.load(self.kind.id_of(record))
+
+    async def update(self, id: str, change: Callable[[R], None], *, missing: str) -> R:
+        """Read, change and save a record until nobody interferes; return it as saved."""
+        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
+        attempt = 0
+        while True:
+            record = await self.find(id)
+            if record is None:
+                raise NotFoundError(missing, partition=self.kind.partition(id))
+            change(record)
+            try:
+                record.version = await self.save(record, expected_version=record.version)
+            except ConflictError:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await backoff(attempt)
+                attempt += 1
+            else:
+                return record
+
+    async def delete(
+        self,
+        id: str,
+        *,
+        cascade: bool = False,
+        bury: Callable[[Loaded[R], Put], Any] | None = None,
+    ) -> Loaded[R] | None:
+        """Replace a record by a tombstone; return what it was, None if there was nothing.
+
+        `cascade` is noted in the tombstone until `finish` is called, so that
+        `repair` can go on after a crash. `bury` writes the given Put with
+        whatever belongs to it and returns the version, `ABSENT` if refused, or
+        None where there is nothing to delete; by default it is just put over a
+        record.
+        """
+        partition = self.kind.partition(id)
+        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
+        attempt = 0
+        while True:
+            current = await self.load(id)
+            removals = await self._removals([] if current.record is None else self.kind.hints(current.record))
+            tombstone = RecordBody(deleted=self.store.clock(), cascade=cascade)
+            put = Put(RECORD, pack(tombstone), current.version)
+            version: int | None
+            if bury is not None:
+                version = await bury(current, put)
+            elif current.record is None:
+                version = None
+            else:
+                version = await self.store.coalescer.write(partition, [put])
+            if version is None:
+                return None
+            if version:
+                await self._remove_hints(removals)
+                await self._drop_chunks(partition, current.body)
+                return replace(current, version=version)
+            if asyncio.get_running_loop().time() > deadline:
+                message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
+                raise UnavailableError(message, partition=partition)
+            await backoff(attempt)
+            attempt += 1
+
+    async def finish(self, id: str, version: int) -> None:
+        """Note in the tombstone of `version` that the children are gone."""
+        body = RecordBody(deleted=self.store.clock())
+        # Refused: it was saved again meanwhile, which is no business of ours.
+        await self.store.coalescer.write(self.kind.partition(id), [Put(RECORD, pack(body), version)])
+
+    # ---- listings
+
+    async def page(self, place: Place, *, limit: int | None = None, cursor: str | None = None) -> Listing[R]:
+        """Return the records listed at `place`, newest first, ties by id."""
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+            message = f"limit={limit!r}: use a whole number from 0 on, or None for all"
+            raise InvalidValueError(message)
+        if cursor is not None and (not isinstance(cursor, str) or not _CURSOR.fullmatch(cursor)):
+            message = f"cursor={cursor!r:.80}: use the cursor of an earlier page"
+            raise InvalidKeyError(message)
+        start = place.prefix if cursor is None else after(place.prefix + cursor)
+        end = prefix_end(place.prefix) if place.prefix else None
+        found: Listing[R] = Listing(cursor=cursor)
+        while limit is None or len(found) < limit:
+            wanted = MAX_GET_KEYS if limit is None else min(limit - len(found) + 1, MAX_GET_KEYS)
+            page = await self.store.coalescer.scan(place.partition, start, end, limit=wanted)
+            hints = [self.store.unpack(self.hint_decoder, place.partition, entry) for entry in page.entries]
+            records = await self.find_many([hint.id for hint in hints])
+            for index, (entry, record) in enumerate(zip(page.entries, records, strict=True)):
+                if record is not None and Key(place.partition, entry.key) in self.kind.hints(record):
+                    found.append(record)
+                    found.cursor = entry.key[len(place.prefix) :]
+                    if len(found) == limit:
+                        if index == len(page.entries) - 1 and not page.more:
+                            found.cursor = None
+                        return found
+            if not page.more:
+                found.cursor = None
+                break
+            start = after(page.entries[-1].key)
+        return found
+
+    async def count(self, place: Place) -> int:
+        """Return how many records are listed at `place`. Reads all of them, a page at a time."""
+        count, cursor = 0, None
+        while True:
+            page = await self.page(place, limit=MAX_GET_KEYS - 1, cursor=cursor)
+            count += len(page)
+            cursor = page.cursor
+            if cursor is None:
+                return count
+
+    async def put_hints(self, id: str, hints: Mapping[Key, Place]) -> None:
+        """Put entries of listings: one driver call, whatever the partitions."""
+        at = self.store.clock()
+        by_partition: dict[str, list[Op]] = {}
+        for key, place in hints.items():
+            put = Put(key.key, pack(HintBody(at=at, id=id, of=place.of)))
+            by_partition.setdefault(key.partition, []).append(put)
+        await asyncio.gather(
+            *(
+                self.store.coalescer.write(partition, ops, hint=True)
+                for partition, ops in by_partition.items()
+            )
+        )
+
+    async def _removals(self, keys: Iterable[Key]) -> list[tuple[Key, Entry]]:
+        keys = list(keys)
+        entries = await self.store.coalescer.get(keys)
+        return [(key, entry) for key, entry in zip(keys, entries, strict=True) if entry is not None]
+
+    async def _remove_hints(self, removals: Sequence[tuple[Key, Entry]]) -> None:
+        # Refused: somebody has put the hint again since; it is his.
+        await asyncio.gather(
+            *(
+                self.store.coalescer.write(key.partition, [Delete(key.key, entry.version)], hint=True)
+                for key, entry in removals
+            )
+        )
+
+    # ---- encoding
+
+    def _checked(self, record: R | Mapping[str, Any]) -> R:
+        if isinstance(record, Mapping):
+            record = self.kind.type.from_mapping(record)
+        elif isinstance(record, self.kind.type):
+            record = self.kind.type.from_mapping(record.to_mapping())
+        else:
+            message = f"a {self.kind.type.__name__} is needed, not {type(record).__name__}"
+            raise InvalidValueError(message)
+        for field in ("created_at", "updated_at"):
+            if not -_INT64 <= getattr(record, field) < _INT64:
+                message = f"{field}={getattr(record, field)}: use milliseconds within 64 bits"
+                raise InvalidValueError(message)
+        return record
+
+    async def _load(self, partitions: Sequence[str]) -> list[Loaded[R]]:
+        entries = await self.store.coalescer.get([Key(partition, RECORD) for partition in partitions])
+        return [
+            Loaded(None, None, ABSENT) if entry is None else await self._loaded(partition, entry)
+            for partition, entry in zip(partitions, entries, strict=True)
+        ]
+
+    async def _loaded(self, partition: str, entry: Entry) -> Loaded[R]:
+        body = self._unpack(partition, entry)
+        if body.deleted is not None:
+            return Loaded(None, body, entry.version)
+        try:
+            fields = await self.store.value(partition, RECORD, body)
+        except MissingChunkError:
+            (again,) = await self.store.coalescer.get([Key(partition, RECORD)])
+            if again is None or again.version == entry.version:
+                raise
+            return await self._loaded(partition, again)
+        try:
+            record = self.kind.type.from_mapping(fields)
+        except (InvalidValueError, AttributeError, TypeError) as error:
+            message = f"what is stored is no {self.kind.type.__name__}: {error}"
+            raise CorruptRecordError(message, partition=partition, key=RECORD) from error
+        record.version = entry.version
+        return Loaded(record, body, entry.version)
+
+    def _unpack(self, partition: str, entry: Entry) -> RecordBody:
+        return self.store.unpack(self._records, partition, entry)
+
+    async def _drop_chunks(self, partition: str, body: RecordBody | None) -> None:
+        if body is not None and isinstance(body.c, Chunks):
+            await self.store.drop_chunks(partition, [body.c])

@@ -1,0 +1,150 @@
+"""`create_persistence`: from a driver or an URL to the repositories."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator
+from importlib.metadata import entry_points
+from types import TracebackType
+from typing import Any, Self
+
+from persistence.coalescer import Coalescer
+from persistence.driver import Driver
+from persistence.errors import ConfigurationError, PersistenceError
+from persistence.ids import Clock, IdFactory, now_ms
+from persistence.options import masked_url
+from persistence.repositories import Containers, Images, LLMProviders, Prototypes, Sessions
+from persistence.store import Store
+
+__all__ = ["Persistence", "create_persistence", "driver_from_url"]
+
+_log = logging.getLogger("persistence")
+
+_METHODS = ("open", "close", "get", "scan", "commit", "purge", "partitions")
+
+
+class Persistence:
+    """The repositories on one driver. Made by `create_persistence`; for one event loop, many tasks."""
+
+    containers: Containers
+    images: Images
+    sessions: Sessions
+    prototypes: Prototypes
+    llm_providers: LLMProviders
+
+    def __init__(self, driver: Driver, *, clock: Clock = now_ms) -> None:
+        self._driver = driver
+        self._coalescer = Coalescer(driver)
+        store = Store(self._coalescer, clock, IdFactory(clock))
+        self.sessions = Sessions(store)
+        self.images = Images(store, self.sessions)
+        self.prototypes = Prototypes(store)
+        self.llm_providers = LLMProviders(store)
+        self.containers = Containers(store, self.images, self.sessions, self.prototypes, self.llm_providers)
+
+    def __repr__(self) -> str:
+        return f"<Persistence on {self._driver!r}>"
+
+    async def close(self) -> None:
+        """Wait for the calls under way, then release the driver. Idempotent."""
+        await self._coalescer.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class _Opening:
+    """What `create_persistence` returns: await it, or enter it with ``async with``."""
+
+    def __init__(self, driver: Driver, clock: Clock) -> None:
+        self._driver = driver
+        self._clock = clock
+        self._opened: Persistence | None = None
+
+    def __await__(self) -> Generator[Any, None, Persistence]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Persistence:
+        self._opened = await self._open()
+        return self._opened
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._opened is not None:
+            await self._opened.close()
+
+    async def _open(self) -> Persistence:
+        persistence = Persistence(self._driver, clock=self._clock)
+        await persistence._coalescer.open()
+        return persistence
+
+
+def create_persistence(driver: Driver | str | None = None, *, clock: Clock = now_ms) -> _Opening:
+    """Open a store: ``p = await create_persistence(…)`` or ``async with create_persistence(…) as p``.
+
+    `driver` is a driver (``memory_driver()``, or any object with the seven
+    methods of `persistence.driver.Driver`), an URL such as
+    ``sqlite:///agents.db``, or None for the URL in the environment variable
+    PERSISTENCE_URL; without that, everything is kept in memory and lost with
+    the process, which a warning says. `clock` gives Unix milliseconds.
+
+    Raises `ConfigurationError` for what cannot work, and whatever opening the driver raises.
+    """
+    if driver is None:
+        driver = os.environ.get("PERSISTENCE_URL")
+        if not driver:
+            _log.warning(
+                "nothing will be kept: no driver was given and PERSISTENCE_URL is not set, "
+                "so everything is in memory and lost when this process ends"
+            )
+            driver = "memory://"
+    if isinstance(driver, str):
+        driver = driver_from_url(driver)
+    missing = [name for name in _METHODS if not callable(getattr(driver, name, None))]
+    if missing or isinstance(driver, type):
+        what = driver.__name__ if isinstance(driver, type) else type(driver).__name__
+        message = f"{what} is no driver: it has no {', '.join(missing)}()"
+        if isinstance(driver, type):
+            message = f"{what} is a class: create_persistence needs a driver object, {what}(…)"
+        raise ConfigurationError(message)
+    return _Opening(driver, clock)
+
+
+def driver_from_url(url: str) -> Driver:
+    """Return the driver for an URL, not opened.
+
+    The scheme is the name of an entry point in the group
+    ``persistence.drivers``: a callable that takes the URL. Raises
+    `ConfigurationError` that names the part of the URL at fault.
+    """
+    scheme, colon, _ = url.partition("://")
+    points = {point.name: point for point in entry_points(group="persistence.drivers")}
+    known = ", ".join(f"{name}://" for name in sorted(points))
+    if not colon:
+        message = f"{masked_url(url)!r} is no URL: begin it with one of {known}"
+        raise ConfigurationError(message)
+    point = points.get(scheme.lower())
+    if point is None:
+        message = f"no driver for {scheme}:// URLs is installed; there are {known}"
+        raise ConfigurationError(message)
+    try:
+        driver: Driver = point.load()(url)
+    except PersistenceError:
+        raise
+    except (TypeError, ValueError) as error:
+        message = f"{masked_url(url)!r} is no valid {scheme}:// URL: {error}"
+        raise ConfigurationError(message) from error
+    return driver

@@ -1,0 +1,648 @@
+"""Sequences: messages and events that are appended, never edited.
+
+Entry number *i* of a sequence is the key ``message/<i as 12 digits>``. An append
+creates the key after the greatest one, ``expect=ABSENT``: one Put, one round
+trip, and whoever is slower is refused and goes on after the winner. So numbers
+have no gaps, and their order is the order of the commits, on every engine.
+
+Clear, truncate and delete append a *marker*: it lists the number ranges that
+are still visible, and thereby hides everything else at once, in one Put. Each
+entry carries `n`, the count of visible entries up to it, and `m`, the number of
+the last marker before it, so the greatest entry alone answers "how many" and
+tells a reader whether there is a marker to read.
+
+Hidden entries are then overwritten by empty *stubs*: their numbers must not
+become free while a slow writer may still remember a number before them. A
+writer forgets what it remembers after `FORGET_SECONDS`; `repair` removes stubs
+after a day.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+import msgspec
+from msgspec import UNSET
+
+from persistence.coalescer import CALL, Call, backoff
+from persistence.driver import ABSENT, MAX_WRITE_OPS, Delete, Entry, Key, Op, Put
+from persistence.errors import (
+    ConflictError,
+    CorruptRecordError,
+    NotFoundError,
+    PersistenceError,
+    UnavailableError,
+)
+from persistence.keys import after, number_key, prefix_end
+from persistence.store import Body, Chunks, MissingChunkError, Store, pack
+
+__all__ = [
+    "APPEND_BYTES",
+    "APPEND_ENTRIES",
+    "FORGET_SECONDS",
+    "Item",
+    "Log",
+    "LogBody",
+    "Span",
+    "StoredItem",
+    "Tail",
+]
+
+APPEND_ENTRIES: Final = 900
+"""Entries that one append can add atomically."""
+APPEND_BYTES: Final = 3 << 20
+"""Bytes that one append can add atomically."""
+FORGET_SECONDS: Final = 600.0
+"""How long a writer goes by a number that it remembers."""
+
+_APPEND_SECONDS = 10.0  # how long an append tries against faster writers
+_REMEMBERED = 10_000  # sequences whose end a writer remembers
+_PAGE = 500
+_READ_TRIES = 6
+_OVERHEAD_BYTES = 128  # key and object around a value
+
+# Time asleep counts too where the system can tell it: a number must not be
+# remembered longer because the machine was suspended.
+_seconds: Callable[[], float]
+if hasattr(time, "CLOCK_BOOTTIME"):
+
+    def _seconds() -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+else:
+    _seconds = time.monotonic
+
+Span = tuple[int, int]
+"""First and last number of a run of entries."""
+
+Kind = Literal["entry", "cut", "delete", "restore", "stub"]
+
+
+class LogBody(Body):
+    """An entry (`v` or `c`), a marker (`r`), or a stub.
+
+    `n`: visible entries up to this one. `m`: number of the last marker, this
+    one included. `at`: milliseconds. `r`: the ranges that a marker leaves visible.
+    """
+
+    n: int = 0
+    m: int = 0
+    at: int = 0
+    k: Kind = "entry"
+    r: list[Span] | msgspec.UnsetType = UNSET
+
+
+class Item(NamedTuple):
+    """An entry to append: its object with the value filled in, and its size in bytes."""
+
+    body: LogBody
+    size: int
+
+
+class StoredItem(NamedTuple):
+    """An entry that was read."""
+
+    number: int
+    at: int
+    value: Any
+
+
+class Tail(NamedTuple):
+    """What the greatest entry tells: all that an append needs."""
+
+    number: int  # the greatest number, markers included; 0: nothing was ever appended
+    visible: int  # how many visible entries there are
+    marker: int  # number of the last marker, 0: none
+    last: int  # number of the last visible entry, 0: none
+    deleted: bool
+    since: float  # when it was true
+
+
+class _Append:
+    """Entries that one caller waits for, numbered together."""
+
+    __slots__ = ("call", "deadline", "edit", "expected_last", "future", "items", "looked", "once", "size")
+
+    def __init__(self, future: asyncio.Future[int], deadline: float) -> None:
+        self.future = future
+        self.deadline = deadline
+        self.call: Call | None = CALL.get()
+        self.items: Sequence[Item] = ()
+        self.size = 0
+        self.looked = False  # the end was read after this append had been asked for
+        self.once: str | None = None
+        self.expected_last: int | None = None
+        self.edit: Callable[[Tail], Awaitable[tuple[Op, ...] | None]] | None = None
+
+
+class _Queue:
+    __slots__ = ("running", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Append] = deque()
+        self.running = False
+
+
+class _ChangedError(CorruptRecordError):
+    """An entry that should be visible is not: it was hidden meanwhile, or is corrupt."""
+
+
+class Log:
+    """The sequences of one kind: one in each partition, under `prefix` (which ends in a slash)."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._end = prefix_end(prefix)
+        self._once = f"once/{prefix}"
+        self._queues: dict[str, _Queue] = {}
+        self._tails: OrderedDict[str, Tail] = OrderedDict()
+        self._decoder = msgspec.json.Decoder(LogBody)
+
+    # ---- appending
+
+    async def item(self, partition: str, value: Any, at: int | None = None) -> Item:
+        """Make the entry for `value`; `at` is its time in milliseconds, by default now."""
+        body = LogBody(at=self._store.clock() if at is None else at)
+        await self._store.fill(partition, body, value)
+        return Item(body, _OVERHEAD_BYTES + (0 if body.v is UNSET else len(memoryview(body.v))))
+
+    async def append(
+        self,
+        partition: str,
+        items: Sequence[Item],
+        *,
+        once: str | None = None,
+        expected_last: int | None = None,
+    ) -> int:
+        """Append `items` (within `APPEND_ENTRIES` and `APPEND_BYTES`) atomically; return the first number.
+
+        A second append with the same `once` (encoded) changes nothing and returns the
+        number that the first one got. `expected_last` is the number of the last
+        visible entry that the caller knows of, 0 for none. Raises
+        `ConflictError` if it is another, `NotFoundError` if the sequence was
+        deleted, `UnavailableError` if others are faster for 10 seconds.
+        """
+        loop = asyncio.get_running_loop()
+        append = _Append(loop.create_future(), loop.time() + _APPEND_SECONDS)
+        append.items = items
+        append.size = sum(item.size for item in items)
+        if once is not None:
+            append.once = self._once + once
+        append.expected_last = expected_last
+        room = self._store.coalescer.room
+        await room.take(append.size)
+        try:
+            return await self._enqueue(partition, append)
+        finally:
+            room.give(append.size)
+
+    async def edit(
+        self, partition: str, make: Callable[[Tail], Awaitable[tuple[Op, ...] | None]]
+    ) -> int | None:
+        """Put what `make` makes of the end of the sequence, in turn with the appends.
+
+        Returns the version, `ABSENT` if it was refused (somebody was faster:
+        call again), or None if `make` had nothing to change.
+        """
+        loop = asyncio.get_running_loop()
+        append = _Append(loop.create_future(), loop.time() + _APPEND_SECONDS)
+        append.edit = make
+        version = await self._enqueue(partition, append)
+        return None if version < 0 else version
+
+    def _enqueue(self, partition: str, append: _Append) -> asyncio.Future[int]:
+        queue = self._queues.get(partition)
+        if queue is None:
+            queue = self._queues[partition] = _Queue()
+        queue.waiting.append(append)
+        if not queue.running:
+            queue.running = True
+            self._store.coalescer.start(self._drain(partition, queue))
+        return append.future
+
+    async def _drain(self, partition: str, queue: _Queue) -> None:
+        """Send what waits for one sequence: one Write in flight, numbers given as it leaves."""
+        batch: list[_Append] = []
+        attempt = 0
+        try:
+            while queue.waiting:
+                tail = self._remembered(partition)
+                if tail is None:
+                    tail = await self._look(partition, queue)
+                batch = self._take(queue, tail)
+                if not batch:
+                    if queue.waiting:  # its first doubts what we remember
+                        self._tails.pop(partition, None)
+                    continue
+                if batch[0].edit is not None:
+                    await self._send_edit(partition, batch[0], tail)
+                elif await self._send(partition, batch, tail):
+                    attempt = 0
+                else:
+                    queue.waiting.extendleft(reversed(batch))
+                    batch = []
+                    await backoff(attempt)
+                    attempt += 1
+                batch = []
+        except (Exception, asyncio.CancelledError) as error:
+            self._tails.pop(partition, None)
+            # Those in flight have their answer; those that wait could not be
+            # sent for the same reason.
+            self._fail([*batch, *queue.waiting], error)
+            queue.waiting.clear()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        finally:
+            queue.running = False
+            self._queues.pop(partition, None)
+
+    async def _look(self, partition: str, queue: _Queue) -> Tail:
+        """Read the end of the sequence, and answer those whose `once` is there already."""
+        for append in queue.waiting:
+            append.looked = True
+        repeated = [append for append in queue.waiting if append.once is not None]
+        if not repeated:
+            return await self.tail(partition)
+        keys = [Key(partition, append.once) for append in repeated if append.once is not None]
+        tail, entries = await asyncio.gather(self.tail(partition), self._store.coalescer.get(keys))
+        for append, entry in zip(repeated, entries, strict=True):
+            if entry is not None and not append.future.done():
+                append.future.set_result(self._store.unpack(self._decoder, partition, entry).n)
+        return tail
+
+    def _take(self, queue: _Queue, tail: Tail) -> list[_Append]:
+        """Take the appends that leave together. None while some wait: look at the end first."""
+        batch: list[_Append] = []
+        onces: set[str] = set()
+        ops = size = 0
+        last = tail.last
+        now = asyncio.get_running_loop().time()
+        while queue.waiting:
+            append = queue.waiting[0]
+            if append.future.done():
+                queue.waiting.popleft()
+                continue
+            if append.edit is not None:
+                if not batch:
+                    batch.append(queue.waiting.popleft())
+                return batch
+            count = len(append.items) + (append.once is not None)
+            if batch and (ops + count > APPEND_ENTRIES or size + append.size > APPEND_BYTES):
+                return batch
+            if append.once is not None and append.once in onces:
+                return batch
+            doubt = self._doubt(append, tail, last, now)
+            if doubt is not None:
+                if batch or not append.looked:
+                    return batch
+                queue.waiting.popleft()
+                append.future.set_exception(doubt)
+                continue
+            batch.append(queue.waiting.popleft())
+            if append.once is not None:
+                onces.add(append.once)
+            ops += count
+            size += append.size
+            last = tail.number + sum(len(taken.items) for taken in batch)
+        return batch
+
+    def _doubt(self, append: _Append, tail: Tail, last: int, now: float) -> PersistenceError | None:
+        if tail.deleted:
+            return NotFoundError("it was deleted; save it again first")
+        if append.expected_last is not None and append.expected_last != last:
+            return ConflictError(f"the last number is {last}, not {append.expected_last}")
+        if now > append.deadline:
+            return UnavailableError(f"other writers were faster for {_APPEND_SECONDS:.0f} seconds")
+        return None
+
+    async def _send(self, partition: str, batch: list[_Append], tail: Tail) -> bool:
+        """Write the batch after `tail`. False: refused, to be tried again."""
+        number, count = tail.number, tail.visible
+        ops: list[Op] = []
+        firsts = []
+        for append in batch:
+            firsts.append(number + 1)
+            for item in append.items:
+                number += 1
+                count += 1
+                item.body.n = count
+                item.body.m = tail.marker
+                ops.append(Put(self._key(number), pack(item.body), ABSENT))
+            if append.once is not None:
+                ops.append(Put(append.once, pack(LogBody(n=firsts[-1], at=self._store.clock())), ABSENT))
+        calls = [append.call for append in batch if append.call is not None]
+        since = _seconds()
+        try:
+            version = await self._store.coalescer.submit(partition, tuple(ops), calls=calls)
+        except Exception as error:  # the batch alone has failed, not those behind it
+            self._tails.pop(partition, None)
+            self._fail(batch, error)
+            return True
+        if not version:
+            self._tails.pop(partition, None)
+            return False
+        self._remember(partition, Tail(number, count, tail.marker, number, False, since))
+        for append, first in zip(batch, firsts, strict=True):
+            if not append.future.done():
+                append.future.set_result(first)
+        return True
+
+    async def _send_edit(self, partition: str, append: _Append, tail: Tail) -> None:
+        # Whatever it puts, the next append had better look.
+        self._tails.pop(partition, None)
+        try:
+            ops = await append.edit(tail) if append.edit is not None else None
+            version = -1
+            if ops is not None:
+                calls = () if append.call is None else (append.call,)
+                version = await self._store.coalescer.submit(partition, ops, calls=calls)
+        except Exception as error:
+            self._fail([append], error)
+        else:
+            if not append.future.done():
+                append.future.set_result(version)
+
+    def _fail(self, appends: Sequence[_Append], error: BaseException) -> None:
+        for append in appends:
+            if append.future.done():
+                continue
+            if isinstance(error, asyncio.CancelledError):
+                append.future.cancel()
+            else:
+                append.future.set_exception(error)
+
+    # ---- the end of a sequence
+
+    async def tail(self, partition: str) -> Tail:
+        """Read the end of the sequence: one round trip."""
+        since = _seconds()
+        page = await self._store.coalescer.scan(partition, self._prefix, self._end, limit=1, reverse=True)
+        tail = self._tail_of(partition, page.entries, since)
+        self._remember(partition, tail)
+        return tail
+
+    def _tail_of(self, partition: str, entries: Sequence[Entry], since: float) -> Tail:
+        if not entries:
+            return Tail(0, 0, 0, 0, False, since)
+        body = self._unpack(partition, entries[0])
+        number = self._number(partition, entries[0].key)
+        if body.k == "entry":
+            return Tail(number, body.n, body.m, number, False, since)
+        if body.k == "stub" or body.r is UNSET:
+            message = "the greatest entry is neither an entry nor a marker"
+            raise CorruptRecordError(message, partition=partition, key=entries[0].key)
+        last = body.r[-1][1] if body.r else 0
+        return Tail(number, body.n, number, last, body.k == "delete", since)
+
+    def _remembered(self, partition: str) -> Tail | None:
+        tail = self._tails.get(partition)
+        if tail is not None and _seconds() - tail.since > FORGET_SECONDS:
+            del self._tails[partition]
+            return None
+        return tail
+
+    def _remember(self, partition: str, tail: Tail) -> None:
+        self._tails[partition] = tail
+        self._tails.move_to_end(partition)
+        if len(self._tails) > _REMEMBERED:
+            self._tails.popitem(last=False)
+
+    # ---- reading
+
+    async def read(
+        self,
+        partition: str,
+        *,
+        above: int = 0,
+        below: int | None = None,
+        limit: int | None = None,
+        newest: bool = False,
+    ) -> list[StoredItem]:
+        """Return the visible entries with ``above < number < below``, oldest first.
+
+        `limit` keeps the first ones, with `newest` the last ones. As few round
+        trips as there are pages: one for the last entries of a sequence without
+        markers, and for the first ones.
+        """
+        if limit == 0:
+            return []
+        for attempt in range(_READ_TRIES):
+            try:
+                return await self._read(partition, above, below, limit, newest=newest)
+            except (_ChangedError, MissingChunkError):
+                # Hidden while we read: look again. What stays missing is corrupt.
+                if attempt == _READ_TRIES - 1:
+                    raise
+                await backoff(attempt)
+        raise AssertionError  # unreachable
+
+    async def _read(
+        self, partition: str, above: int, below: int | None, limit: int | None, *, newest: bool
+    ) -> list[StoredItem]:
+        wanted = _PAGE if limit is None else min(limit, _PAGE)
+        start = self._key(above + 1)
+        end = self._end if below is None else self._key(below)
+        first = self._store.coalescer.scan(partition, start, end, limit=wanted, reverse=newest)
+        if newest and below is None:
+            since = _seconds()
+            page = await first
+            ending = page.entries[:1]
+            if not ending and above:
+                tail = await self.tail(partition)
+            else:
+                tail = self._tail_of(partition, ending, since)
+        else:
+            page, tail = await asyncio.gather(first, self.tail(partition))
+        ready = {self._number(partition, entry.key): entry for entry in page.entries}
+        if (
+            newest
+            and below is None
+            and limit is not None
+            and len(ready) >= limit
+            and min(ready) > tail.marker
+        ):
+            spans = [(tail.marker + 1, tail.number)]  # all after the last marker: no need to read it
+        else:
+            spans = await self._spans(partition, tail, ready)
+        spans = _within(spans, above + 1, tail.number if below is None else below - 1)
+        found = await self._collect(partition, spans, ready, limit, newest=newest)
+        items = [await self._item(partition, number, entry) for number, entry in found]
+        return items[::-1] if newest else items
+
+    async def _collect(
+        self, partition: str, spans: list[Span], ready: dict[int, Entry], limit: int | None, *, newest: bool
+    ) -> list[tuple[int, Entry]]:
+        found: list[tuple[int, Entry]] = []
+        step = -1 if newest else 1
+        for low, high in reversed(spans) if newest else spans:
+            number, stop = (high, low - 1) if newest else (low, high + 1)
+            while number != stop:
+                if limit is not None and len(found) == limit:
+                    return found
+                entry = ready.get(number)
+                if entry is None:
+                    wanted = min(
+                        _PAGE, abs(stop - number), limit - len(found) if limit is not None else _PAGE
+                    )
+                    bounds = (low, number) if newest else (number, high)
+                    page = await self._store.coalescer.scan(
+                        partition,
+                        self._key(bounds[0]),
+                        self._key(bounds[1] + 1),
+                        limit=wanted,
+                        reverse=newest,
+                    )
+                    ready = {self._number(partition, entry.key): entry for entry in page.entries}
+                    entry = ready.get(number)
+                if entry is None:
+                    message = f"entry {number} is missing"
+                    raise _ChangedError(message, partition=partition)
+                found.append((number, entry))
+                number += step
+        return found
+
+    async def _item(self, partition: str, number: int, entry: Entry) -> StoredItem:
+        body = self._unpack(partition, entry)
+        if body.k != "entry":
+            message = f"entry {number} is hidden"
+            raise _ChangedError(message, partition=partition)
+        if body.c is UNSET:
+            value = self._store.inline_value(partition, entry.key, body)
+        else:
+            value = await self._store.value(partition, entry.key, body)
+        return StoredItem(number, body.at, value)
+
+    async def spans(self, partition: str, tail: Tail) -> list[Span]:
+        """Return the ranges of visible entries up to `tail`."""
+        return await self._spans(partition, tail, {})
+
+    async def _spans(self, partition: str, tail: Tail, ready: dict[int, Entry]) -> list[Span]:
+        spans: list[Span] = []
+        if tail.marker:
+            entry = ready.get(tail.marker)
+            if entry is None:
+                (entry,) = await self._store.coalescer.get([Key(partition, self._key(tail.marker))])
+            if entry is None:
+                message = f"marker {tail.marker} is missing"
+                raise _ChangedError(message, partition=partition)
+            body = self._unpack(partition, entry)
+            if body.r is UNSET:
+                message = f"marker {tail.marker} is hidden"
+                raise _ChangedError(message, partition=partition)
+            spans = list(body.r)
+        if tail.number > tail.marker:
+            spans.append((tail.marker + 1, tail.number))
+        return spans
+
+    def _unpack(self, partition: str, entry: Entry) -> LogBody:
+        return self._store.unpack(self._decoder, partition, entry)
+
+    def _key(self, number: int) -> str:
+        return number_key(self._prefix, number)
+
+    def _number(self, partition: str, key: str) -> int:
+        try:
+            return int(key[len(self._prefix) :])
+        except ValueError as error:
+            message = "the key of an entry ends in no number"
+            raise CorruptRecordError(message, partition=partition, key=key) from error
+
+    # ---- hiding
+
+    async def cut(self, partition: str, through: int | None) -> int:
+        """Hide what is visible after number `through` (None: everything); return how many entries.
+
+        `through` must be visible, else `NotFoundError`. Hidden at once, in one
+        Put; then the hidden entries are emptied, one Write a thousand.
+        """
+        hidden: list[Span] = []
+        replaced = 0
+
+        async def make(tail: Tail) -> tuple[Op, ...] | None:
+            nonlocal hidden, replaced
+            spans = await self.spans(partition, tail)
+            kept = _within(spans, 1, 0 if through is None else through)
+            if through is not None and (not kept or kept[-1][1] != through):
+                message = f"no visible entry has number {through}"
+                raise NotFoundError(message, partition=partition)
+            replaced = tail.marker
+            hidden = _within(spans, 1 if through is None else through + 1, tail.number)
+            return (self.marker(tail, "cut", kept),) if hidden else None
+
+        attempt = 0
+        while await self.edit(partition, make) == ABSENT:
+            await backoff(attempt)
+            attempt += 1
+        if hidden:
+            await self.empty(partition, [(replaced, replaced), *hidden] if replaced else hidden)
+        return _count(hidden)
+
+    def marker(self, tail: Tail, kind: Kind, kept: list[Span]) -> Put:
+        """Return the Put of a marker after `tail` that leaves `kept` visible."""
+        number = tail.number + 1
+        body = LogBody(n=_count(kept), m=number, at=self._store.clock(), k=kind, r=kept)
+        return Put(self._key(number), pack(body), ABSENT)
+
+    async def hidden(self, partition: str) -> list[Span]:
+        """Return the ranges of entries that are not visible, the last marker aside."""
+        tail = await self.tail(partition)
+        if not tail.marker:
+            return []
+        spans = sorted([*await self.spans(partition, tail), (tail.marker, tail.marker)])
+        edges = [0, *(edge for low, high in spans for edge in (low - 1, high))]
+        gaps = zip(edges[0::2], edges[1::2], strict=False)
+        return [(low + 1, high) for low, high in gaps if low < high]
+
+    async def empty(self, partition: str, spans: Sequence[Span]) -> int:
+        """Overwrite hidden entries by stubs; return how many. Can be repeated and interrupted."""
+        emptied = 0
+        for low, high in spans:
+            start, end, more = self._key(low), self._key(high + 1), True
+            while more:
+                page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
+                bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
+                full = [(entry, body) for entry, body in bodies if body.k != "stub"]
+                if full:
+                    stub = pack(LogBody(at=self._store.clock(), k="stub"))
+                    puts = [Put(entry.key, stub, entry.version) for entry, _ in full]
+                    # Refused: somebody else empties the same entries, or has.
+                    if await self._store.coalescer.write(partition, puts):
+                        emptied += len(full)
+                    chunks = [body.c for _, body in full if isinstance(body.c, Chunks)]
+                    await self._store.drop_chunks(partition, chunks)
+                more = page.more
+                if more:
+                    start = after(page.entries[-1].key)
+        return emptied
+
+    async def drop_stubs(self, partition: str, spans: Sequence[Span], before: int) -> int:
+        """Remove the stubs among hidden entries that are older than `before` (ms); return how many."""
+        dropped = 0
+        for low, high in spans:
+            start, end, more = self._key(low), self._key(high + 1), True
+            while more:
+                page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
+                bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
+                old = [entry for entry, body in bodies if body.k == "stub" and body.at < before]
+                if old:
+                    deletes = [Delete(entry.key, entry.version) for entry in old]
+                    if await self._store.coalescer.write(partition, deletes, hint=True):
+                        dropped += len(old)
+                more = page.more
+                if more:
+                    start = after(page.entries[-1].key)
+        return dropped
+
+
+def _within(spans: Sequence[Span], low: int, high: int) -> list[Span]:
+    clipped = ((max(first, low), min(last, high)) for first, last in spans)
+    return [(first, last) for first, last in clipped if first <= last]
+
+
+def _count(spans: Sequence[Span]) -> int:
+    return sum(last - first + 1 for first, last in spans)

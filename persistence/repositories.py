@@ -1,0 +1,953 @@
+"""Containers, images, sessions, prototypes and LLM providers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection as AbstractCollection
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from persistence.calls import Repository, public
+from persistence.collection import Collection, HintBody, Kind, Listing, Loaded, Place
+from persistence.driver import ABSENT, Delete, Key, Op, Put
+from persistence.errors import (
+    ConflictError,
+    InvalidValueError,
+    NotFoundError,
+    PersistenceError,
+)
+from persistence.keys import encode_id
+from persistence.log import APPEND_BYTES, APPEND_ENTRIES, Item, Log, Tail
+from persistence.records import (
+    ContainerRecord,
+    ImageRecord,
+    LLMProviderRecord,
+    PrototypeRecord,
+    SessionRecord,
+)
+from persistence.store import Store, pack
+
+__all__ = [
+    "Containers",
+    "Deleted",
+    "Images",
+    "LLMProviders",
+    "Prototypes",
+    "Sessions",
+    "StoredMessage",
+]
+
+_PAGE = 500
+_MAX_NUMBER = 10**12 - 1
+
+CONTAINERS = Kind("container", ContainerRecord, "container_id", lambda record: (Place("index/containers"),))
+IMAGES = Kind(
+    "image",
+    ImageRecord,
+    "image_id",
+    lambda record: (
+        Place("index/images"),
+        _images_by_name(record.name),
+        _in_container(record.container_id, "image/"),
+    ),
+)
+SESSIONS = Kind(
+    "session",
+    SessionRecord,
+    "session_id",
+    lambda record: (
+        Place("index/sessions"),
+        _in_container(record.container_id, "session/"),
+        _sessions_of_image(record.image_id),
+    ),
+)
+PROTOTYPES = Kind(
+    "prototype",
+    PrototypeRecord,
+    "prototype_id",
+    lambda record: (Place("index/prototypes"), _in_container(record.container_id, "prototype/")),
+)
+LLM_PROVIDERS = Kind(
+    "llm-provider",
+    LLMProviderRecord,
+    "id",
+    lambda record: (Place("index/llm-providers"), _in_container(record.container_id, "llm-provider/")),
+)
+
+
+def _images_by_name(name: str) -> Place:
+    return Place(f"index/images-by-name/{encode_id(name, 'name')}", "", name)
+
+
+def _in_container(container_id: str, prefix: str) -> Place:
+    return Place(f"container/{encode_id(container_id, 'container_id')}", prefix, container_id)
+
+
+def _sessions_of_image(image_id: str) -> Place:
+    return Place(f"image/{encode_id(image_id, 'image_id')}", "session/", image_id)
+
+
+class Deleted(msgspec.Struct, frozen=True, kw_only=True):
+    """What a delete removed. False where there was nothing to remove."""
+
+    containers: int = 0
+    images: int = 0
+    sessions: int = 0
+    messages: int = 0
+    prototypes: int = 0
+    llm_providers: int = 0
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, field) for field in self.__struct_fields__)
+
+    def __add__(self, other: Deleted) -> Deleted:
+        return Deleted(
+            **{field: getattr(self, field) + getattr(other, field) for field in self.__struct_fields__}
+        )
+
+
+class StoredMessage(msgspec.Struct, frozen=True):
+    """A message as it is stored: its number in the session, when it was added (ms), and itself."""
+
+    seq: int
+    created_at: int
+    message: dict[str, Any]
+
+
+class Sessions(Repository):
+    """Sessions and their messages."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.records = Collection(store, SESSIONS)
+        self.log = Log(store, "message/")
+
+    # ---- records
+
+    @public
+    async def save_session(
+        self,
+        record: SessionRecord | Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Create or replace a session; return the version of its record. Its messages stay.
+
+        After a delete this starts the session anew, without messages. Whether
+        image and container exist is not checked. Raises `ConflictError` if
+        `expected_version` (0: there must be none) is not the present one.
+        """
+        return await self._save(record, expected_version)
+
+    @public
+    async def find_session_by_id(
+        self, session_id: str, *, timeout: float | None = None
+    ) -> SessionRecord | None:
+        """Return the session, None if there is none."""
+        return await self.records.find(session_id)
+
+    @public
+    async def find_session_by_image_id(
+        self, image_id: str, *, timeout: float | None = None
+    ) -> SessionRecord | None:
+        """Return the most recent session of an image (by `created_at`), None if there is none."""
+        page = await self.records.page(_sessions_of_image(image_id), limit=1)
+        return page[0] if page else None
+
+    @public
+    async def find_sessions_by_image_id(
+        self,
+        image_id: str,
+        *,
+        limit: int | None = None,
+        cursor: str | None = None,
+        timeout: float | None = None,
+    ) -> Listing[SessionRecord]:
+        """Return the sessions of an image, newest first."""
+        return await self.records.page(_sessions_of_image(image_id), limit=limit, cursor=cursor)
+
+    @public
+    async def find_sessions_by_container_id(
+        self,
+        container_id: str,
+        *,
+        limit: int | None = None,
+        cursor: str | None = None,
+        timeout: float | None = None,
+    ) -> Listing[SessionRecord]:
+        """Return the sessions of a container, newest first."""
+        return await self.records.page(_in_container(container_id, "session/"), limit=limit, cursor=cursor)
+
+    @public
+    async def find_all_sessions(
+        self, *, limit: int | None = None, cursor: str | None = None, timeout: float | None = None
+    ) -> Listing[SessionRecord]:
+        """Return all sessions, newest first."""
+        return await self.records.page(Place("index/sessions"), limit=limit, cursor=cursor)
+
+    @public
+    async def count_sessions(
+        self,
+        *,
+        container_id: str | None = None,
+        image_id: str | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Count the sessions: all, of a container, or of an image. Reads each record once."""
+        if container_id is not None and image_id is not None:
+            message = "give container_id= or image_id=, not both"
+            raise InvalidValueError(message)
+        place = Place("index/sessions")
+        if container_id is not None:
+            place = _in_container(container_id, "session/")
+        elif image_id is not None:
+            place = _sessions_of_image(image_id)
+        return await self.records.count(place)
+
+    @public
+    async def session_exists(self, session_id: str, *, timeout: float | None = None) -> bool:
+        """Tell whether the session has a record."""
+        return await self.records.exists(session_id)
+
+    @public
+    async def delete_session(self, session_id: str, *, timeout: float | None = None) -> Deleted:
+        """Delete a session with its messages; return what that removed, nothing if there is none.
+
+        Gone at once, in one Write. A message that a slow writer adds later is
+        refused with `NotFoundError`, until the session is saved again.
+        """
+        return await self._delete(session_id)
+
+    @public
+    async def fork_session(
+        self,
+        session_id: str,
+        *,
+        new_session_id: str | None = None,
+        through: int | None = None,
+        image_id: str | None = None,
+        container_id: str | None = None,
+        timeout: float | None = None,
+    ) -> SessionRecord:
+        """Copy a session with its messages, all or those up to number `through`; return the copy.
+
+        The copy numbers its messages from 1, names its source, and does not
+        depend on it. Its record comes last: without it, the fork did not
+        happen. Raises `NotFoundError` without a source, `ConflictError` if
+        `new_session_id` was used before.
+        """
+        return await self._fork(session_id, new_session_id, through, image_id, container_id)
+
+    # ---- messages
+
+    @public
+    async def add_message(
+        self,
+        session_id: str,
+        message: Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        expected_last: int | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Append a message; return its number. One round trip, whatever the session's length.
+
+        The session need not have been saved, but a deleted one refuses
+        (`NotFoundError`). A second call with the same `idempotency_key` adds
+        nothing and returns the first number. `expected_last` is the number of
+        the last visible message, 0 for none; `ConflictError` if it is another.
+        """
+        partition = SESSIONS.partition(session_id)
+        once = None if idempotency_key is None else encode_id(idempotency_key, "idempotency_key")
+        item = await self._item(partition, message)
+        return await self.log.append(partition, [item], once=once, expected_last=_number(expected_last))
+
+    @public
+    async def add_messages(
+        self,
+        session_id: str,
+        messages: Iterable[Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+        expected_last: int | None = None,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """Append messages in order; return their numbers.
+
+        Atomic up to 900 messages and 3 MiB. More go batch by batch; an error
+        then has the count of those stored as its `stored`. The other arguments
+        are those of `add_message`.
+        """
+        partition = SESSIONS.partition(session_id)
+        once = None if idempotency_key is None else encode_id(idempotency_key, "idempotency_key")
+        expected = _number(expected_last)
+        numbers: list[int] = []
+        batch: list[Item] = []
+        batches = size = 0
+
+        async def flush() -> None:
+            nonlocal batch, batches, expected, size
+            part = once if once is None or not batches else f"{once}/{batches}"
+            first = await self.log.append(partition, batch, once=part, expected_last=expected)
+            numbers.extend(range(first, first + len(batch)))
+            if expected is not None:
+                expected = numbers[-1]
+            batch, size = [], 0
+            batches += 1
+
+        try:
+            for message in messages:
+                item = await self._item(partition, message)
+                if batch and (len(batch) == APPEND_ENTRIES - 1 or size + item.size > APPEND_BYTES):
+                    await flush()
+                batch.append(item)
+                size += item.size
+            if batch:
+                await flush()
+        except PersistenceError as error:
+            error.stored = len(numbers)
+            raise
+        return numbers
+
+    @public
+    async def get_messages(
+        self,
+        session_id: str,
+        *,
+        last: int | None = None,
+        after: int | None = None,
+        before: int | None = None,
+        limit: int | None = None,
+        timeout: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return the visible messages, oldest first, just as they were given.
+
+        `last`: the last ones, that many. `after`, `before`: those behind or
+        ahead of a number; `limit` keeps that many, the nearest to it. Without
+        them: all, or the first `limit`. None for a session that there is not.
+        """
+        return [item.value for item in await self._read(session_id, last, after, before, limit)]
+
+    @public
+    async def read_messages(
+        self,
+        session_id: str,
+        *,
+        last: int | None = None,
+        after: int | None = None,
+        before: int | None = None,
+        limit: int | None = None,
+        timeout: float | None = None,
+    ) -> list[StoredMessage]:
+        """Return what `get_messages` returns, each with its number and time."""
+        return [StoredMessage(*item) for item in await self._read(session_id, last, after, before, limit)]
+
+    @public
+    async def count_messages(self, session_id: str, *, timeout: float | None = None) -> int:
+        """Count the visible messages. Reads one entry."""
+        return (await self.log.tail(SESSIONS.partition(session_id))).visible
+
+    @public
+    async def clear_messages(self, session_id: str, *, timeout: float | None = None) -> int:
+        """Remove all messages, at once; return how many. Numbers go on, they do not start again."""
+        return await self.log.cut(SESSIONS.partition(session_id), None)
+
+    @public
+    async def truncate_after_message(
+        self,
+        session_id: str,
+        message_id: str | None = None,
+        *,
+        seq: int | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Remove the messages after one, not that one itself; return how many.
+
+        The one is the last visible message whose ``id`` is `message_id`, or
+        the visible message number `seq`, which needs no search. Raises
+        `NotFoundError` if there is no such message.
+        """
+        partition = SESSIONS.partition(session_id)
+        if (message_id is None) == (seq is None):
+            message = "give either a message id or seq="
+            raise InvalidValueError(message, partition=partition)
+        if seq is None:
+            seq = await self._find_message(partition, message_id)
+        return await self.log.cut(partition, _number(seq))
+
+    # ---- behind the calls
+
+    async def _save(
+        self, record: SessionRecord | Mapping[str, Any], expected_version: int | None = None
+    ) -> int:
+        async def revive(current: Loaded[SessionRecord], put: Put) -> int | None:
+            async def make(tail: Tail) -> tuple[Op, ...]:
+                return (put, self.log.marker(tail, "restore", [])) if tail.deleted else (put,)
+
+            return await self.log.edit(partition, make)
+
+        if isinstance(record, Mapping):
+            record = SessionRecord.from_mapping(record)
+        partition = SESSIONS.partition(getattr(record, "session_id", ""))
+        return await self.records.save(record, expected_version=expected_version, revive=revive)
+
+    async def _delete(self, session_id: str) -> Deleted:
+        partition = SESSIONS.partition(session_id)
+        removed = 0
+
+        async def bury(current: Loaded[SessionRecord], put: Put) -> int | None:
+            async def make(tail: Tail) -> tuple[Op, ...] | None:
+                nonlocal removed
+                if current.record is None and (tail.deleted or not tail.number):
+                    return None
+                removed = tail.visible
+                return put, self.log.marker(tail, "delete", [])
+
+            return await self.log.edit(partition, make)
+
+        deleted = await self.records.delete(session_id, bury=bury)
+        if deleted is None:
+            return Deleted()
+        await self.log.empty(partition, await self.log.hidden(partition))
+        return Deleted(sessions=int(deleted.record is not None), messages=removed)
+
+    async def _fork(
+        self,
+        session_id: str,
+        new_session_id: str | None,
+        through: int | None,
+        image_id: str | None,
+        container_id: str | None,
+    ) -> SessionRecord:
+        source = await self.records.find(session_id)
+        if source is None:
+            message = f"no session {session_id!r}"
+            raise NotFoundError(message, partition=SESSIONS.partition(session_id))
+        new_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
+        partition = SESSIONS.partition(new_id)
+        if (await self.records.load(new_id)).version or (await self.log.tail(partition)).number:
+            message = f"the session id {new_id!r} was used before"
+            raise ConflictError(message, partition=partition)
+        below = None if through is None else (_number(through) or 0) + 1
+        above = copied = 0
+        while page := await self.log.read(
+            SESSIONS.partition(session_id), above=above, below=below, limit=_PAGE
+        ):
+            for batch in _batches([await self._item(partition, item.value, item.at) for item in page]):
+                await self.log.append(partition, batch, expected_last=copied)
+                copied += len(batch)
+            above = page[-1].number
+        now = self._store.clock()
+        record = SessionRecord(
+            session_id=new_id,
+            image_id=source.image_id if image_id is None else image_id,
+            container_id=source.container_id if container_id is None else container_id,
+            parent_session_id=session_id,
+            parent_seq=above,
+            created_at=now,
+            updated_at=now,
+            extra=source.extra,
+        )
+        record.version = await self._save(record, ABSENT)
+        return record
+
+    async def _item(self, partition: str, message: Mapping[str, Any], at: int | None = None) -> Item:
+        if not isinstance(message, Mapping):
+            text = f"a message must be a mapping, not {type(message).__name__}"
+            raise InvalidValueError(text, partition=partition)
+        return await self.log.item(partition, message if type(message) is dict else dict(message), at)
+
+    async def _read(
+        self, session_id: str, last: int | None, after: int | None, before: int | None, limit: int | None
+    ) -> list[Any]:
+        if sum(bound is not None for bound in (last, after, before)) > 1 or (
+            last is not None and limit is not None
+        ):
+            message = "give one of last=, after= and before=; limit= goes with the latter two"
+            raise InvalidValueError(message)
+        return await self.log.read(
+            SESSIONS.partition(session_id),
+            above=_number(after) or 0,
+            below=_number(before),
+            limit=_number(limit if last is None else last),
+            newest=last is not None or before is not None,
+        )
+
+    async def _find_message(self, partition: str, message_id: str | None) -> int:
+        below = None
+        while page := await self.log.read(partition, below=below, limit=_PAGE, newest=True):
+            for item in reversed(page):
+                if item.value.get("id") == message_id:
+                    return int(item.number)
+            below = page[0].number
+        message = f"no visible message has the id {message_id!r}"
+        raise NotFoundError(message, partition=partition)
+
+
+class Images(Repository):
+    """Images: configured agents."""
+
+    def __init__(self, store: Store, sessions: Sessions) -> None:
+        super().__init__(store)
+        self.records = Collection(store, IMAGES)
+        self._sessions = sessions
+
+    @public
+    async def save_image(
+        self,
+        record: ImageRecord | Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Create or replace an image; return its version.
+
+        Raises `ConflictError` if `expected_version` (0: there must be none) is not the present one.
+        """
+        return await self.records.save(record, expected_version=expected_version)
+
+    @public
+    async def find_image_by_id(self, image_id: str, *, timeout: float | None = None) -> ImageRecord | None:
+        """Return the image, None if there is none."""
+        return await self.records.find(image_id)
+
+    @public
+    async def find_all_images(
+        self, *, limit: int | None = None, cursor: str | None = None, timeout: float | None = None
+    ) -> Listing[ImageRecord]:
+        """Return all images, newest first."""
+        return await self.records.page(Place("index/images"), limit=limit, cursor=cursor)
+
+    @public
+    async def find_images_by_name(
+        self,
+        name: str,
+        *,
+        limit: int | None = None,
+        cursor: str | None = None,
+        timeout: float | None = None,
+    ) -> Listing[ImageRecord]:
+        """Return the images with exactly this name, newest first."""
+        return await self.records.page(_images_by_name(name), limit=limit, cursor=cursor)
+
+    @public
+    async def find_images_by_container_id(
+        self,
+        container_id: str,
+        *,
+        limit: int | None = None,
+        cursor: str | None = None,
+        timeout: float | None = None,
+    ) -> Listing[ImageRecord]:
+        """Return the images of a container, newest first."""
+        return await self.records.page(_in_container(container_id, "image/"), limit=limit, cursor=cursor)
+
+    @public
+    async def count_images(
+        self, *, name: str | None = None, container_id: str | None = None, timeout: float | None = None
+    ) -> int:
+        """Count the images: all, of a name, or of a container. Reads each record once."""
+        if name is not None and container_id is not None:
+            message = "give name= or container_id=, not both"
+            raise InvalidValueError(message)
+        place = Place("index/images")
+        if name is not None:
+            place = _images_by_name(name)
+        elif container_id is not None:
+            place = _in_container(container_id, "image/")
+        return await self.records.count(place)
+
+    @public
+    async def image_exists(self, image_id: str, *, timeout: float | None = None) -> bool:
+        """Tell whether there is such an image."""
+        return await self.records.exists(image_id)
+
+    @public
+    async def update_metadata(
+        self,
+        image_id: str,
+        metadata: Mapping[str, Any],
+        *,
+        remove: AbstractCollection[str] = (),
+        timeout: float | None = None,
+    ) -> ImageRecord:
+        """Merge `metadata` into that of an image, drop the keys in `remove`, touch `updated_at`.
+
+        Concurrent calls lose nothing of each other. Raises `NotFoundError` if there is no such image.
+        """
+
+        def change(record: ImageRecord) -> None:
+            kept = {key: value for key, value in (record.metadata or {}).items() if key not in remove}
+            record.metadata = {**kept, **metadata}
+            record.updated_at = self._store.clock()
+
+        return await self.records.update(image_id, change, missing=f"Image not found: {image_id}")
+
+    @public
+    async def delete_image(
+        self, image_id: str, *, cascade: bool = True, timeout: float | None = None
+    ) -> Deleted:
+        """Delete an image and, with `cascade`, its sessions; return what that removed."""
+        return await self._delete(image_id, cascade=cascade)
+
+    @public
+    async def fork_image(
+        self,
+        image_id: str,
+        *,
+        new_image_id: str | None = None,
+        new_session_id: str | None = None,
+        name: str | None = None,
+        through: int | None = None,
+        timeout: float | None = None,
+    ) -> ImageRecord:
+        """Copy an image with its session, as far as message number `through`; return the copy.
+
+        The copy names its source as `parent_image_id`. Its record comes last.
+        Raises `NotFoundError` if there is no such image, `ConflictError` if a new id was used before.
+        """
+        source = await self.records.find(image_id)
+        if source is None:
+            message = f"Image not found: {image_id}"
+            raise NotFoundError(message, partition=IMAGES.partition(image_id))
+        fork_id = f"img_{self._store.ids()}" if new_image_id is None else new_image_id
+        if (await self.records.load(fork_id)).version:
+            message = f"the image id {fork_id!r} was used before"
+            raise ConflictError(message, partition=IMAGES.partition(fork_id))
+        session_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
+        if await self._sessions.records.exists(source.session_id):
+            await self._sessions._fork(source.session_id, session_id, through, fork_id, source.container_id)
+        fields = source.to_mapping() | {
+            "image_id": fork_id,
+            "session_id": session_id,
+            "parent_image_id": image_id,
+            "created_at": self._store.clock(),
+            "updated_at": self._store.clock(),
+        }
+        fork = ImageRecord.from_mapping(fields if name is None else fields | {"name": name})
+        fork.version = await self.records.save(fork, expected_version=ABSENT)
+        return fork
+
+    async def _delete(self, image_id: str, *, cascade: bool) -> Deleted:
+        deleted = await self.records.delete(image_id, cascade=cascade)
+        if deleted is None:
+            return Deleted()
+        removed = Deleted(images=1)
+        if cascade:
+            removed += await self._delete_children(image_id)
+            await self.records.finish(image_id, deleted.version)
+        return removed
+
+    async def _delete_children(self, image_id: str) -> Deleted:
+        removed = Deleted()
+        while page := await self._sessions.records.page(_sessions_of_image(image_id), limit=_PAGE):
+            for session in page:
+                removed += await self._sessions._delete(session.session_id)
+        return removed
+
+
+class Prototypes(Repository):
+    """Prototypes: templates of images."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.records = Collection(store, PROTOTYPES)
+
+    @public
+    async def save_prototype(
+        self,
+        record: PrototypeRecord | Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Create or replace a prototype; return its version. See `Images.save_image`."""
+        return await self.records.save(record, expected_version=expected_version)
+
+    @public
+    async def find_prototype_by_id(
+        self, prototype_id: str, *, timeout: float | None = None
+    ) -> PrototypeRecord | None:
+        """Return the prototype, None if there is none."""
+        return await self.records.find(prototype_id)
+
+    @public
+    async def find_all_prototypes(
+        self, *, limit: int | None = None, cursor: str | None = None, timeout: float | None = None
+    ) -> Listing[PrototypeRecord]:
+        """Return all prototypes, newest first."""
+        return await self.records.page(Place("index/prototypes"), limit=limit, cursor=cursor)
+
+    @public
+    async def find_prototypes_by_container_id(
+        self,
+        container_id: str,
+        *,
+        limit: int | None = None,
+        cursor: str | None = None,
+        timeout: float | None = None,
+    ) -> Listing[PrototypeRecord]:
+        """Return the prototypes of a container, newest first."""
+        return await self.records.page(_in_container(container_id, "prototype/"), limit=limit, cursor=cursor)
+
+    @public
+    async def prototype_exists(self, prototype_id: str, *, timeout: float | None = None) -> bool:
+        """Tell whether there is such a prototype."""
+        return await self.records.exists(prototype_id)
+
+    @public
+    async def delete_prototype(self, prototype_id: str, *, timeout: float | None = None) -> Deleted:
+        """Delete a prototype; return what that removed."""
+        return await self._delete(prototype_id)
+
+    async def _delete(self, prototype_id: str) -> Deleted:
+        deleted = await self.records.delete(prototype_id)
+        return Deleted(prototypes=int(deleted is not None))
+
+
+class LLMProviders(Repository):
+    """Accounts at providers of language models; one of a container's may be its default.
+
+    The default is one entry of the container, so there is never more than
+    one, whoever sets it; `is_default` of a record that is read follows it.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.records = Collection(store, LLM_PROVIDERS)
+
+    @public
+    async def save_llm_provider(
+        self,
+        record: LLMProviderRecord | Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Create or replace a provider; return its version. `is_default` makes it the default, or not."""
+        if isinstance(record, Mapping):
+            record = LLMProviderRecord.from_mapping(record)
+        version = await self.records.save(record, expected_version=expected_version)
+        await self._set_default(record.container_id, record.id, record.is_default)
+        return version
+
+    @public
+    async def find_llm_provider_by_id(
+        self, id: str, *, timeout: float | None = None
+    ) -> LLMProviderRecord | None:
+        """Return the provider, None if there is none."""
+        found = await self._marked([await self.records.find(id)])
+        return found[0] if found else None
+
+    @public
+    async def find_all_llm_providers(
+        self, *, limit: int | None = None, cursor: str | None = None, timeout: float | None = None
+    ) -> Listing[LLMProviderRecord]:
+        """Return all providers, newest first."""
+        page = await self.records.page(Place("index/llm-providers"), limit=limit, cursor=cursor)
+        return Listing(await self._marked(page), cursor=page.cursor)
+
+    @public
+    async def find_llm_providers_by_container_id(
+        self,
+        container_id: str,
+        *,
+        limit: int | None = None,
+        cursor: str | None = None,
+        timeout: float | None = None,
+    ) -> Listing[LLMProviderRecord]:
+        """Return the providers of a container, newest first."""
+        page = await self.records.page(
+            _in_container(container_id, "llm-provider/"), limit=limit, cursor=cursor
+        )
+        return Listing(await self._marked(page), cursor=page.cursor)
+
+    @public
+    async def find_default_llm_provider(
+        self, container_id: str, *, timeout: float | None = None
+    ) -> LLMProviderRecord | None:
+        """Return the default provider of a container, None if it has none."""
+        (id,) = (await self._defaults([container_id])).values()
+        found = None if id is None else await self.records.find(id)
+        if found is None or found.container_id != container_id:
+            return None
+        found.is_default = True
+        return found
+
+    @public
+    async def set_default_llm_provider(self, id: str, *, timeout: float | None = None) -> None:
+        """Make a provider the default of its container; raise `NotFoundError` if there is none."""
+        found = await self.records.find(id)
+        if found is None:
+            message = f"no LLM provider {id!r}"
+            raise NotFoundError(message, partition=LLM_PROVIDERS.partition(id))
+        await self._set_default(found.container_id, id, True)
+
+    @public
+    async def llm_provider_exists(self, id: str, *, timeout: float | None = None) -> bool:
+        """Tell whether there is such a provider."""
+        return await self.records.exists(id)
+
+    @public
+    async def delete_llm_provider(self, id: str, *, timeout: float | None = None) -> Deleted:
+        """Delete a provider; return what that removed."""
+        return await self._delete(id)
+
+    async def _delete(self, id: str) -> Deleted:
+        deleted = await self.records.delete(id)
+        if deleted is None or deleted.record is None:
+            return Deleted()
+        await self._set_default(deleted.record.container_id, id, False)
+        return Deleted(llm_providers=1)
+
+    async def _marked(self, records: Sequence[LLMProviderRecord | None]) -> list[LLMProviderRecord]:
+        found = [record for record in records if record is not None]
+        defaults = await self._defaults([record.container_id for record in found])
+        for record in found:
+            record.is_default = defaults[record.container_id] == record.id
+        return found
+
+    async def _defaults(self, container_ids: Iterable[str]) -> dict[str, str | None]:
+        containers = list(dict.fromkeys(container_ids))
+        keys = [_default_key(container_id) for container_id in containers]
+        entries = await self._store.coalescer.get(keys)
+        return {
+            container_id: None
+            if entry is None
+            else self._store.unpack(self.records.hint_decoder, key.partition, entry).id
+            for container_id, key, entry in zip(containers, keys, entries, strict=True)
+        }
+
+    async def _set_default(self, container_id: str, id: str, chosen: bool) -> None:
+        key = _default_key(container_id)
+        if chosen:
+            pointer = HintBody(at=self._store.clock(), id=id, of=container_id)
+            await self._store.coalescer.write(key.partition, [Put(key.key, pack(pointer))], hint=True)
+            return
+        (entry,) = await self._store.coalescer.get([key])
+        if entry is None:
+            return
+        pointer = self._store.unpack(self.records.hint_decoder, key.partition, entry)
+        if pointer.id == id:  # refused: another has become the default meanwhile
+            await self._store.coalescer.write(key.partition, [Delete(key.key, entry.version)], hint=True)
+
+
+def _default_key(container_id: str) -> Key:
+    return Key(_in_container(container_id, "").partition, "default-llm-provider")
+
+
+class Containers(Repository):
+    """Containers, and what they hold."""
+
+    def __init__(
+        self,
+        store: Store,
+        images: Images,
+        sessions: Sessions,
+        prototypes: Prototypes,
+        llm_providers: LLMProviders,
+    ) -> None:
+        super().__init__(store)
+        self.records = Collection(store, CONTAINERS)
+        self._images = images
+        self._sessions = sessions
+        self._prototypes = prototypes
+        self._llm_providers = llm_providers
+
+    @public
+    async def save_container(
+        self,
+        record: ContainerRecord | Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Create or replace a container; return its version. See `Images.save_image`."""
+        return await self.records.save(record, expected_version=expected_version)
+
+    @public
+    async def find_container_by_id(
+        self, container_id: str, *, timeout: float | None = None
+    ) -> ContainerRecord | None:
+        """Return the container, None if there is none."""
+        return await self.records.find(container_id)
+
+    @public
+    async def find_all_containers(
+        self, *, limit: int | None = None, cursor: str | None = None, timeout: float | None = None
+    ) -> Listing[ContainerRecord]:
+        """Return all containers, newest first."""
+        return await self.records.page(Place("index/containers"), limit=limit, cursor=cursor)
+
+    @public
+    async def count_containers(self, *, timeout: float | None = None) -> int:
+        """Count the containers. Reads each record once."""
+        return await self.records.count(Place("index/containers"))
+
+    @public
+    async def container_exists(self, container_id: str, *, timeout: float | None = None) -> bool:
+        """Tell whether there is such a container."""
+        return await self.records.exists(container_id)
+
+    @public
+    async def delete_container(
+        self, container_id: str, *, cascade: bool = True, timeout: float | None = None
+    ) -> Deleted:
+        """Delete a container and, with `cascade`, all that is in it; return what that removed.
+
+        The container goes first, its content one by one. Interrupted, `repair` goes on.
+        """
+        deleted = await self.records.delete(container_id, cascade=cascade)
+        if deleted is None:
+            return Deleted()
+        removed = Deleted(containers=1)
+        if cascade:
+            removed += await self._delete_children(container_id)
+            await self.records.finish(container_id, deleted.version)
+        return removed
+
+    async def _delete_children(self, container_id: str) -> Deleted:
+        removed = Deleted()
+        while images := await self._images.records.page(_in_container(container_id, "image/"), limit=_PAGE):
+            for image in images:
+                removed += await self._images._delete(image.image_id, cascade=True)
+        while sessions := await self._sessions.records.page(
+            _in_container(container_id, "session/"), limit=_PAGE
+        ):
+            for session in sessions:
+                removed += await self._sessions._delete(session.session_id)
+        while prototypes := await self._prototypes.records.page(
+            _in_container(container_id, "prototype/"), limit=_PAGE
+        ):
+            for prototype in prototypes:
+                removed += await self._prototypes._delete(prototype.prototype_id)
+        while providers := await self._llm_providers.records.page(
+            _in_container(container_id, "llm-provider/"), limit=_PAGE
+        ):
+            for provider in providers:
+                removed += await self._llm_providers._delete(provider.id)
+        return removed
+
+
+def _number(value: int | None) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_NUMBER:
+        message = f"{value!r} is no number of a message: use a whole number from 0 on"
+        raise InvalidValueError(message)
+    return value
+
+
+def _batches(items: Sequence[Item]) -> Iterable[list[Item]]:
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        if batch and (len(batch) == APPEND_ENTRIES or size + item.size > APPEND_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += item.size
+    if batch:
+        yield batch
