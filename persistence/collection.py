@@ -135,8 +135,17 @@ class Collection(Generic[R]):
 
     async def load(self, id: str) -> Loaded[R]:
         """Return what lies under the key of the record."""
-        (loaded,) = await self._load([self.kind.partition(id)])
-        return loaded
+        return await self.load_partition(self.kind.partition(id))
+
+    async def load_partition(self, partition: str, *, values: bool = True) -> Loaded[R]:
+        """Return what lies under the key of the record of `partition`; without `values`, just its body."""
+        if values:
+            (loaded,) = await self._load([partition])
+            return loaded
+        (entry,) = await self.store.coalescer.get([Key(partition, RECORD)])
+        if entry is None:
+            return Loaded(None, None, ABSENT)
+        return Loaded(None, self._unpack(partition, entry), entry.version)
 
     async def save(
         self,
@@ -253,11 +262,11 @@ class Collection(Generic[R]):
             await backoff(attempt)
             attempt += 1
 
-    async def finish(self, id: str, version: int) -> None:
+    async def finish(self, partition: str, version: int) -> None:
         """Note in the tombstone of `version` that the children are gone."""
         body = RecordBody(deleted=self.store.clock())
         # Refused: it was saved again meanwhile, which is no business of ours.
-        await self.store.coalescer.write(self.kind.partition(id), [Put(RECORD, pack(body), version)])
+        await self.store.coalescer.write(partition, [Put(RECORD, pack(body), version)])
 
     # ---- listings
 

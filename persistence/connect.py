@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from importlib.metadata import entry_points
 from types import TracebackType
 from typing import Any, Self
 
+from persistence.calls import Repository, public
 from persistence.coalescer import Coalescer
 from persistence.driver import Driver
-from persistence.errors import ConfigurationError, PersistenceError
+from persistence.errors import ConfigurationError, InvalidValueError, PersistenceError
 from persistence.ids import Clock, IdFactory, now_ms
 from persistence.options import masked_url
+from persistence.repair import Repair, RepairReport
 from persistence.repositories import Containers, Images, LLMProviders, Prototypes, Sessions
 from persistence.store import Store
 
@@ -24,7 +26,7 @@ _log = logging.getLogger("persistence")
 _METHODS = ("open", "close", "get", "scan", "commit", "purge", "partitions")
 
 
-class Persistence:
+class Persistence(Repository):
     """The repositories on one driver. Made by `create_persistence`; for one event loop, many tasks."""
 
     containers: Containers
@@ -37,6 +39,7 @@ class Persistence:
         self._driver = driver
         self._coalescer = Coalescer(driver)
         store = Store(self._coalescer, clock, IdFactory(clock))
+        super().__init__(store)
         self.sessions = Sessions(store)
         self.images = Images(store, self.sessions)
         self.prototypes = Prototypes(store)
@@ -45,6 +48,39 @@ class Persistence:
 
     def __repr__(self) -> str:
         return f"<Persistence on {self._driver!r}>"
+
+    @public
+    async def repair(
+        self,
+        *,
+        dry_run: bool = False,
+        tombstone_days: float = 7,
+        progress: Callable[[int], None] | None = None,
+        timeout: float | None = None,
+    ) -> RepairReport:
+        """Finish interrupted deletes, mend listings, remove what nobody needs; return what was done.
+
+        Safe beside any number of writers, and to interrupt and repeat: nothing
+        depends on it but space, and listings after a crash. It runs only when
+        it is called; once a day is plenty. `dry_run` only counts.
+        `tombstone_days`: how long a deleted id stays known as such, 1 or more.
+        `progress` is called with the number of partitions looked at so far.
+        """
+        if not tombstone_days >= 1:
+            message = f"tombstone_days={tombstone_days!r}: use 1 or more"
+            raise InvalidValueError(message)
+        repair = Repair(
+            self._store,
+            containers=self.containers,
+            images=self.images,
+            sessions=self.sessions,
+            prototypes=self.prototypes,
+            llm_providers=self.llm_providers,
+            dry_run=dry_run,
+            tombstone_days=tombstone_days,
+            progress=progress,
+        )
+        return await repair.run()
 
     async def close(self) -> None:
         """Wait for the calls under way, then release the driver. Idempotent."""

@@ -598,7 +598,7 @@ class Log:
         gaps = zip(edges[0::2], edges[1::2], strict=False)
         return [(low + 1, high) for low, high in gaps if low < high]
 
-    async def empty(self, partition: str, spans: Sequence[Span]) -> int:
+    async def empty(self, partition: str, spans: Sequence[Span], *, dry_run: bool = False) -> int:
         """Overwrite hidden entries by stubs; return how many. Can be repeated and interrupted."""
         emptied = 0
         for low, high in spans:
@@ -607,7 +607,9 @@ class Log:
                 page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
                 bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
                 full = [(entry, body) for entry, body in bodies if body.k != "stub"]
-                if full:
+                if dry_run:
+                    emptied += len(full)
+                elif full:
                     stub = pack(LogBody(at=self._store.clock(), k="stub"))
                     puts = [Put(entry.key, stub, entry.version) for entry, _ in full]
                     # Refused: somebody else empties the same entries, or has.
@@ -620,7 +622,9 @@ class Log:
                     start = after(page.entries[-1].key)
         return emptied
 
-    async def drop_stubs(self, partition: str, spans: Sequence[Span], before: int) -> int:
+    async def drop_stubs(
+        self, partition: str, spans: Sequence[Span], before: int, *, dry_run: bool = False
+    ) -> int:
         """Remove the stubs among hidden entries that are older than `before` (ms); return how many."""
         dropped = 0
         for low, high in spans:
@@ -629,7 +633,9 @@ class Log:
                 page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
                 bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
                 old = [entry for entry, body in bodies if body.k == "stub" and body.at < before]
-                if old:
+                if dry_run:
+                    dropped += len(old)
+                elif old:
                     deletes = [Delete(entry.key, entry.version) for entry in old]
                     if await self._store.coalescer.write(partition, deletes, hint=True):
                         dropped += len(old)
@@ -637,6 +643,45 @@ class Log:
                 if more:
                     start = after(page.entries[-1].key)
         return dropped
+
+    async def forget(self, partition: str, tombstone: Delete, before: int) -> None:
+        """Remove a sequence that was deleted `before` (ms): its marker and `tombstone` last, in one Write."""
+        tail = await self.tail(partition)
+        (marker,) = await self._store.coalescer.get([Key(partition, self._key(tail.number))])
+        if not tail.deleted or marker is None:
+            return  # saved again meanwhile
+        # Whoever saves it again from here on gets numbers after the marker, and
+        # later times: nothing of his is touched.
+        await self._store.coalescer.purge(partition, self._prefix, marker.key)
+        await self._forget_onces(partition, before)
+        await self._store.coalescer.write(
+            partition, [tombstone, Delete(marker.key, marker.version)], hint=True
+        )
+
+    async def _forget_onces(self, partition: str, before: int) -> None:
+        start, end, more = self._once, prefix_end(self._once), True
+        while more:
+            page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
+            bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
+            deletes = [Delete(entry.key, entry.version) for entry, body in bodies if body.at < before]
+            if deletes:
+                await self._store.coalescer.write(partition, deletes, hint=True)
+            more = page.more
+            if more:
+                start = after(page.entries[-1].key)
+
+    async def chunk_ids(self, partition: str) -> set[str]:
+        """Return the ids of all chunks that entries refer to. Reads the whole sequence, page by page."""
+        found: set[str] = set()
+        start, more = self._prefix, True
+        while more:
+            page = await self._store.coalescer.scan(partition, start, self._end, limit=MAX_WRITE_OPS)
+            bodies = [self._unpack(partition, entry) for entry in page.entries]
+            found.update(body.c.id for body in bodies if isinstance(body.c, Chunks))
+            more = page.more
+            if more:
+                start = after(page.entries[-1].key)
+        return found
 
 
 def _within(spans: Sequence[Span], low: int, high: int) -> list[Span]:

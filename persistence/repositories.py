@@ -636,13 +636,15 @@ class Images(Repository):
             return Deleted()
         removed = Deleted(images=1)
         if cascade:
-            removed += await self._delete_children(image_id)
-            await self.records.finish(image_id, deleted.version)
+            partition = IMAGES.partition(image_id)
+            removed += await self.delete_children(partition)
+            await self.records.finish(partition, deleted.version)
         return removed
 
-    async def _delete_children(self, image_id: str) -> Deleted:
+    async def delete_children(self, partition: str) -> Deleted:
+        """Delete the sessions of the image of `partition` until none is left."""
         removed = Deleted()
-        while page := await self._sessions.records.page(_sessions_of_image(image_id), limit=_PAGE):
+        while page := await self._sessions.records.page(Place(partition, "session/"), limit=_PAGE):
             for session in page:
                 removed += await self._sessions._delete(session.session_id)
         return removed
@@ -904,27 +906,25 @@ class Containers(Repository):
             return Deleted()
         removed = Deleted(containers=1)
         if cascade:
-            removed += await self._delete_children(container_id)
-            await self.records.finish(container_id, deleted.version)
+            partition = CONTAINERS.partition(container_id)
+            removed += await self.delete_children(partition)
+            await self.records.finish(partition, deleted.version)
         return removed
 
-    async def _delete_children(self, container_id: str) -> Deleted:
+    async def delete_children(self, partition: str) -> Deleted:
+        """Delete what is in the container of `partition` until nothing is left."""
         removed = Deleted()
-        while images := await self._images.records.page(_in_container(container_id, "image/"), limit=_PAGE):
+        while images := await self._images.records.page(Place(partition, "image/"), limit=_PAGE):
             for image in images:
                 removed += await self._images._delete(image.image_id, cascade=True)
-        while sessions := await self._sessions.records.page(
-            _in_container(container_id, "session/"), limit=_PAGE
-        ):
+        while sessions := await self._sessions.records.page(Place(partition, "session/"), limit=_PAGE):
             for session in sessions:
                 removed += await self._sessions._delete(session.session_id)
-        while prototypes := await self._prototypes.records.page(
-            _in_container(container_id, "prototype/"), limit=_PAGE
-        ):
+        while prototypes := await self._prototypes.records.page(Place(partition, "prototype/"), limit=_PAGE):
             for prototype in prototypes:
                 removed += await self._prototypes._delete(prototype.prototype_id)
         while providers := await self._llm_providers.records.page(
-            _in_container(container_id, "llm-provider/"), limit=_PAGE
+            Place(partition, "llm-provider/"), limit=_PAGE
         ):
             for provider in providers:
                 removed += await self._llm_providers._delete(provider.id)

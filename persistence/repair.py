@@ -1,0 +1,271 @@
+"""`repair`: finish what a crash left half done, and remove what nobody needs any more.
+
+It visits every partition once and may be interrupted and repeated at any time,
+beside any number of writers: whatever it removes is removed under the version
+that it had looked at. What is young enough to belong to a call under way is
+left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from persistence.collection import RECORD, Collection, Place, RecordBody
+from persistence.driver import Delete, Key
+from persistence.errors import CorruptRecordError
+from persistence.keys import after, prefix_end
+from persistence.repositories import Containers, Images, LLMProviders, Prototypes, Sessions
+from persistence.store import CHUNK, Chunks, Store
+
+__all__ = ["DAY_MS", "HINT_AGE_MS", "Repair", "RepairReport", "drop_chunks"]
+
+DAY_MS: Final = 86_400_000
+HINT_AGE_MS: Final = 3_600_000
+"""Hints and chunks younger than this may belong to a save that is not finished."""
+
+_AT_ONCE = 64
+_PAGE = 256
+_NAMED = 1_000  # orphans and corrupt records named in a report; all are counted
+
+
+class RepairReport(msgspec.Struct, kw_only=True):
+    """What `repair` did, or with ``dry_run`` would do."""
+
+    partitions: int = 0
+    """Partitions looked at."""
+    hints_added: int = 0
+    """Entries of listings that were missing."""
+    hints_removed: int = 0
+    """Entries of listings that matched no record."""
+    entries_emptied: int = 0
+    """Hidden messages whose content was still there."""
+    stubs_removed: int = 0
+    """Empty places of messages hidden more than a day ago."""
+    chunks_removed: int = 0
+    """Parts of long values that nothing refers to."""
+    deletes_finished: int = 0
+    """Cascading deletes that had been interrupted."""
+    tombstones_removed: int = 0
+    """Traces of things deleted long ago."""
+    orphan_count: int = 0
+    orphans: list[str] = msgspec.field(default_factory=list)
+    """Records whose container or image does not exist: named, and left as they are (1,000 at most)."""
+    corrupt_count: int = 0
+    corrupt: list[str] = msgspec.field(default_factory=list)
+    """What cannot be read: named, and left as it is (1,000 at most)."""
+
+
+class Repair:
+    """One run over a store."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        containers: Containers,
+        images: Images,
+        sessions: Sessions,
+        prototypes: Prototypes,
+        llm_providers: LLMProviders,
+        dry_run: bool,
+        tombstone_days: float,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.store = store
+        self.dry_run = dry_run
+        self.report = RepairReport()
+        self._progress = progress
+        self._now = store.clock()
+        self._tombstones_before = self._now - int(tombstone_days * DAY_MS)
+        self._containers = containers
+        self._images = images
+        self._sessions = sessions
+        collections: list[Collection[Any]] = [
+            containers.records,
+            images.records,
+            sessions.records,
+            prototypes.records,
+            llm_providers.records,
+        ]
+        self._collections = {collection.kind.name: collection for collection in collections}
+        self._children: dict[str, Callable[[str], Awaitable[Any]]] = {
+            "container": containers.delete_children,
+            "image": images.delete_children,
+        }
+
+    async def run(self) -> RepairReport:
+        """Visit all partitions."""
+        cursor: str | None = None
+        while True:
+            names, cursor = await self.store.coalescer.partitions(cursor, _AT_ONCE)
+            await asyncio.gather(*(self._visit(name) for name in names))
+            self.report.partitions += len(names)
+            if self._progress is not None:
+                self._progress(self.report.partitions)
+            if cursor is None:
+                return self.report
+
+    async def _visit(self, partition: str) -> None:
+        kind = partition.partition("/")[0]
+        steps: list[Callable[[str], Awaitable[None]]] = []
+        if kind == "index":
+            steps = [self._sweep_hints]
+        elif kind in self._collections:
+            steps = [self._record, self._sweep_hints, self._chunks]
+            if kind == "session":
+                steps.insert(1, self._messages)
+        for step in steps:
+            try:
+                await step(partition)
+            except CorruptRecordError as error:
+                self.report.corrupt_count += 1
+                if len(self.report.corrupt) < _NAMED:
+                    self.report.corrupt.append(str(error))
+
+    # ---- records
+
+    async def _record(self, partition: str) -> None:
+        collection = self._collections[partition.partition("/")[0]]
+        loaded = await collection.load_partition(partition)
+        if loaded.body is not None and loaded.body.deleted is not None:
+            await self._tombstone(partition, collection, loaded.body, loaded.version)
+        elif loaded.record is not None:
+            await self._listed(collection, loaded.record)
+            await self._parents(partition, loaded.record)
+
+    async def _tombstone(
+        self, partition: str, collection: Collection[Any], body: RecordBody, version: int
+    ) -> None:
+        if body.cascade:
+            self.report.deletes_finished += 1
+            if not self.dry_run:
+                await self._children[collection.kind.name](partition)
+                await collection.finish(partition, version)
+        elif body.deleted is not None and body.deleted < self._tombstones_before:
+            self.report.tombstones_removed += 1
+            if not self.dry_run:
+                await drop_chunks(self.store, partition, _nothing, body.deleted)
+                if collection.kind.name == "session":
+                    await self._sessions.log.forget(partition, Delete(RECORD, version), body.deleted)
+                else:
+                    await self.store.coalescer.write(partition, [Delete(RECORD, version)], hint=True)
+
+    async def _listed(self, collection: Collection[Any], record: Any) -> None:
+        hints = collection.kind.hints(record)
+        entries = await self.store.coalescer.get(list(hints))
+        missing = {key: hints[key] for key, entry in zip(hints, entries, strict=True) if entry is None}
+        self.report.hints_added += len(missing)
+        if missing and not self.dry_run:
+            await collection.put_hints(collection.kind.id_of(record), missing)
+
+    async def _parents(self, partition: str, record: Any) -> None:
+        for field, collection in (
+            ("container_id", self._containers.records),
+            ("image_id", self._images.records),
+        ):
+            parent = getattr(record, field, None)
+            if parent is None or partition.startswith(f"{collection.kind.name}/"):
+                continue
+            if not await collection.exists(parent):
+                self.report.orphan_count += 1
+                if len(self.report.orphans) < _NAMED:
+                    self.report.orphans.append(f"{partition}: there is no {collection.kind.name} {parent!r}")
+
+    # ---- messages
+
+    async def _messages(self, partition: str) -> None:
+        log = self._sessions.log
+        hidden = await log.hidden(partition)
+        if hidden:
+            self.report.entries_emptied += await log.empty(partition, hidden, dry_run=self.dry_run)
+            before = self._now - DAY_MS
+            self.report.stubs_removed += await log.drop_stubs(partition, hidden, before, dry_run=self.dry_run)
+
+    # ---- listings
+
+    async def _sweep_hints(self, partition: str) -> None:
+        for collection, place in self._listings(partition):
+            start, end = place.prefix, prefix_end(place.prefix) if place.prefix else None
+            more = True
+            while more:
+                page = await self.store.coalescer.scan(partition, start, end, limit=_PAGE)
+                hints = [
+                    (entry, self.store.unpack(collection.hint_decoder, partition, entry))
+                    for entry in page.entries
+                ]
+                old = [(entry, hint) for entry, hint in hints if hint.at < self._now - HINT_AGE_MS]
+                records = await collection.find_many([hint.id for _, hint in old])
+                for (entry, _), record in zip(old, records, strict=True):
+                    if record is None or Key(partition, entry.key) not in collection.kind.hints(record):
+                        self.report.hints_removed += 1
+                        if not self.dry_run:
+                            delete = Delete(entry.key, entry.version)
+                            await self.store.coalescer.write(partition, [delete], hint=True)
+                more = page.more
+                if more:
+                    start = after(page.entries[-1].key)
+
+    def _listings(self, partition: str) -> Sequence[tuple[Collection[Any], Place]]:
+        kind, _, rest = partition.partition("/")
+        if kind == "index":
+            name = rest.partition("/")[0].removesuffix("-by-name").removesuffix("s")
+            return [(self._collections[name], Place(partition))] if name in self._collections else []
+        children = {"container": ("image", "session", "prototype", "llm-provider"), "image": ("session",)}
+        return [(self._collections[child], Place(partition, f"{child}/")) for child in children.get(kind, ())]
+
+    # ---- chunks
+
+    async def _chunks(self, partition: str) -> None:
+        collection = self._collections[partition.partition("/")[0]]
+
+        async def used() -> set[str]:
+            body = (await collection.load_partition(partition, values=False)).body
+            found = {body.c.id} if body is not None and isinstance(body.c, Chunks) else set()
+            if collection.kind.name == "session":
+                found |= await self._sessions.log.chunk_ids(partition)
+            return found
+
+        self.report.chunks_removed += await drop_chunks(
+            self.store, partition, used, self._now - HINT_AGE_MS, dry_run=self.dry_run
+        )
+
+
+async def drop_chunks(
+    store: Store,
+    partition: str,
+    used: Callable[[], Awaitable[set[str]]],
+    before: int,
+    *,
+    dry_run: bool = False,
+) -> int:
+    """Remove the chunked values of a partition, begun before `before` (ms), that `used` does not name.
+
+    Returns how many. `used` is asked after the chunks were listed: none of them can become used unseen.
+    """
+    found: list[str] = []
+    start, end = CHUNK, prefix_end(CHUNK)
+    while (page := await store.coalescer.scan(partition, start, end, limit=1)).entries:
+        id = page.entries[0].key.split("/")[1]
+        found.append(id)
+        start = prefix_end(f"{CHUNK}{id}/")
+    old = [id for id in found if _uuid7_ms(id) < before]
+    if not old:
+        return 0
+    in_use = await used()
+    unused = [id for id in old if id not in in_use]
+    if not dry_run:
+        for id in unused:
+            await store.coalescer.purge(partition, f"{CHUNK}{id}/", prefix_end(f"{CHUNK}{id}/"))
+    return len(unused)
+
+
+async def _nothing() -> set[str]:
+    return set()
+
+
+def _uuid7_ms(id: str) -> int:
+    return int(id[:8] + id[9:13], 16)
