@@ -64,7 +64,7 @@ from persistence.errors import ConfigurationError, UnavailableError
 try:
     from hypothesis import HealthCheck, Phase, settings
     from hypothesis import strategies as st
-    from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+    from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 except ImportError as error:
     raise ConfigurationError(
         "persistence.testing needs pytest and hypothesis: run  pip install pytest hypothesis"
@@ -89,7 +89,7 @@ class DriverConformance:
 
     seconds = 60.0
     """A test that takes longer than this hangs."""
-    examples = 25
+    examples = 40
     """Runs of the comparison with the memory driver."""
     steps = 20
     """Calls in one such run, at most."""
@@ -157,7 +157,7 @@ class DriverConformance:
                 else:
                     outcomes = [(await driver.commit((write,)))[0] for write in writes]
                 for write, outcome, (name, case) in zip(writes, outcomes, names.items(), strict=True):
-                    what = f"{write.ops} where {'k' if case.stored else 'nothing'} is stored"
+                    what = f"{write.ops} where 'm' {'is' if case.stored else 'is not'} stored"
                     _same(outcome, case.applied, f"outcome of {what}")
                     left = {entry.key: entry for entry in held[name]}
                     for op in write.ops if case.applied else ():
@@ -843,6 +843,9 @@ def _model(make_driver: MakeDriver, seconds: float) -> type[RuleBasedStateMachin
             self.memory = MemoryDriver()
             self.stack = AsyncExitStack()
             self.loop = asyncio.Runner()
+
+        @initialize()
+        def open(self) -> None:
             self.driver = self.wait(_opened(make_driver, self.stack))
 
         def teardown(self) -> None:

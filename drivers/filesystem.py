@@ -1,0 +1,854 @@
+"""Each partition is one append-only file of JSON lines, on a local disk, under POSIX.
+
+    <path>/<namespace>/3f/session_abc-3f9c….jsonl
+    {"sum":"5be1a0c3","format":1,"partition":"session/abc","id":"8d0c…"}
+    {"sum":"90d1c2aa","version":77,"put":{"head":{"count":1}},"put64":{"blob":"AAE="},"delete":["old"]}
+
+A line is one `Write`, appended by one write(2) and sealed by a CRC-32 of all
+that follows it, so a Write is there whole or not at all. JSON values stand as
+they are, others in base64. What a crash can leave at the end, a line without
+its newline or with zeros for data, is skipped by readers and cut off by the
+next writer; any other line that does not match its sum is corruption.
+
+Writers hold flock(2) on the file; readers hold nothing. They keep an index
+(key → version and place of the value in the file, never the value itself) and
+read on from where they stopped when fstat(2) shows that the file has grown. A
+file whose greater half is garbage is written anew and takes the old one's
+place, a file without entries is removed: the old one then has no link left
+(so make no hard links to these files), and whoever has it open looks again.
+
+What may surprise: the first use of a partition reads its whole file, and its
+keys must fit in memory. A reader in another process may see a Write a moment
+before fdatasync(2) has made it safe. After a power cut, a driver opened with
+durability="process" may find a partition corrupt. NFS is not supported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import zlib
+from base64 import b64decode, b64encode
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, TypeVar, TypeVarTuple
+from urllib.parse import unquote
+
+import msgspec
+from sortedcontainers import SortedList
+
+from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Op, Page, Put, Write
+from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
+from persistence.options import Durability, check_durability, check_namespace, flag, split_url
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ConfigurationError("the filesystem driver needs a POSIX system: it locks with flock(2)") from error
+
+__all__ = ["FilesystemDriver", "filesystem_driver", "from_url"]
+
+_BATCH = 64  # files locked at once
+_OPEN_FILES = 256 - _BATCH  # kept open between calls
+_INDEX_BYTES = 64 << 20  # all indexes together, unless one alone is larger
+_LOG_BYTES, _ENTRY_BYTES, _LINE_BYTES = 1500, 350, 65  # an index, one more key in it; a line around its value
+_COMPACT_BYTES = 128 << 10  # smaller files are not compacted
+_READ_BYTES = 1 << 20
+_PURGE_KEYS = 5_000
+_SYNC_THREADS = 8
+_LOCK_SECONDS = 10.0
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk
+
+_logger = logging.getLogger("persistence.filesystem")
+_T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
+
+
+class _Place(NamedTuple):
+    version: int
+    offset: int
+    length: int
+    coded: bool
+
+
+class _Change(NamedTuple):
+    puts: list[tuple[str, _Place]]
+    deletes: list[str]
+
+
+class _Staged(NamedTuple):
+    """A Write that stands in its locked file, or has removed it (`size` 0), and is not acknowledged yet."""
+
+    number: int
+    log: _Log
+    change: _Change
+    size: int
+
+
+class _Header(msgspec.Struct):
+    format: int
+    partition: str
+    id: str
+
+
+class _Line(msgspec.Struct):
+    version: int
+    put: dict[str, msgspec.Raw] = {}
+    put64: dict[str, msgspec.Raw] = {}
+    delete: list[str] = []
+
+
+_decode_any = msgspec.json.Decoder(msgspec.Raw).decode
+_decode_header = msgspec.json.Decoder(_Header).decode
+_decode_line = msgspec.json.Decoder(_Line).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class _BadLineError(Exception):
+    """A line that does not match its sum."""
+
+
+class _Log:
+    """What is known of one partition's file. The worker thread changes it, the loop's thread may look.
+
+    `lock` guards `fd` and the index. While `writing` is set this driver holds
+    the file's flock and the index is all that was ever acknowledged.
+    """
+
+    __slots__ = (
+        *("counted", "end", "entries", "fd", "floor", "header", "key_bytes", "keys", "live", "lock"),
+        *("partition", "path", "settled", "used", "writing"),
+    )
+
+    def __init__(self, partition: str, path: Path) -> None:
+        self.partition = partition
+        self.path = path
+        self.lock = threading.Lock()
+        self.fd = -1
+        self.used = False  # since the last look for something to forget
+        self.counted = 0  # bytes of the index in the driver's total
+        self.clear()
+
+    def clear(self) -> None:
+        self.header = b""
+        self.end = 0  # of the lines that are in the index
+        self.entries: dict[str, _Place] = {}
+        self.keys: SortedList[str] | None = None  # made by the first scan
+        self.key_bytes = self.live = 0
+        self.floor = _COMPACT_BYTES
+        self.settled = False  # the folder was synced since this file came to be
+        self.writing = False
+
+    def close(self) -> None:
+        with self.lock:
+            if self.fd >= 0:
+                os.close(self.fd)  # gives up the flock too
+                self.fd = -1
+
+    def is_current(self) -> bool:
+        if self.fd < 0:
+            return False
+        status = os.fstat(self.fd)
+        return status.st_size == self.end and status.st_nlink > 0
+
+    def sorted_keys(self) -> SortedList[str]:
+        if self.keys is None:
+            self.keys = SortedList(self.entries)
+        return self.keys
+
+    def read(self, key: str, *, now: bool) -> Entry | None:
+        """Return the entry of `key`; with `now`, raise OSError rather than wait for the disk."""
+        place = self.entries.get(key)
+        if place is None:
+            return None
+        version, offset, length, coded = place
+        if now:
+            buffer = bytearray(length)
+            if os.preadv(self.fd, [buffer], offset, _NOWAIT) < length:
+                raise BlockingIOError
+            value = bytes(buffer)
+        elif len(value := os.pread(self.fd, length, offset)) < length:
+            raise CorruptRecordError(f"{self.path.name} ends too early", partition=self.partition, key=key)
+        return Entry(key, b64decode(value) if coded else value, version)
+
+    def replay(self) -> None:
+        """Take in the lines after `end`, up to what looks like a torn tail."""
+        tail = b""
+        while True:
+            block = os.pread(self.fd, _READ_BYTES, self.end + len(tail))
+            *lines, tail = (tail + block).split(b"\n")
+            for number, line in enumerate(lines, 1):
+                try:
+                    if self.end:
+                        self.apply(_parse(line, self.end))
+                    else:
+                        self.take_header(line)
+                except _BadLineError:
+                    # A power cut may leave zeros where data were not yet written, at the very end.
+                    last = number == len(lines) and not tail and len(block) < _READ_BYTES
+                    if b"\0" in line and last:
+                        return
+                    raise
+                self.end += len(line) + 1
+            if len(block) < _READ_BYTES:
+                return
+
+    def take_header(self, line: bytes) -> None:
+        if (named := _parse_header(line, self.path).partition) != self.partition:
+            message = f"{self.path.name} holds another partition, {named!r}"
+            raise CorruptRecordError(message, partition=self.partition)
+        self.header = line
+
+    def apply(self, change: _Change) -> None:
+        for key in change.deletes:
+            if (place := self.entries.pop(key, None)) is not None:
+                self.live -= place.length + len(key) + _LINE_BYTES
+                self.key_bytes -= len(key)
+                if self.keys is not None:
+                    self.keys.remove(key)
+        for key, place in change.puts:
+            old = self.entries.get(key)
+            self.entries[key] = place
+            if old is not None:
+                self.live += place.length - old.length
+                continue
+            self.live += place.length + len(key) + _LINE_BYTES
+            self.key_bytes += len(key)
+            if self.keys is not None:
+                self.keys.add(key)
+
+    @property
+    def weight(self) -> int:
+        return _LOG_BYTES + len(self.entries) * _ENTRY_BYTES + self.key_bytes
+
+    @property
+    def wasteful(self) -> bool:
+        return self.end > max(2 * self.live, self.floor)
+
+
+class FilesystemDriver:
+    """Keep every partition in a file below the folder `path`, for any number of processes of this machine."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        namespace: str = "default",
+        durability: Durability = "power",
+        create: bool = True,
+    ) -> None:
+        self._path = Path(path)
+        self._namespace = check_namespace(namespace)
+        self._power = check_durability(durability) == "power"
+        self._create = create
+        self._folder = self._path / _folder_name(namespace)
+        self._worker: ThreadPoolExecutor | None = None
+        self._syncers: ThreadPoolExecutor | None = None
+        # Only the worker changes these; the oldest is first.
+        self._logs: OrderedDict[str, _Log] = OrderedDict()
+        self._opened: deque[_Log] = deque()
+        self._index_bytes = 0
+        self._made: set[Path] = set()
+
+    def __repr__(self) -> str:
+        return f"filesystem_driver({str(self._path)!r}, namespace={self._namespace!r})"
+
+    async def open(self) -> None:
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "persistence-files")
+            self._syncers = ThreadPoolExecutor(_SYNC_THREADS, "persistence-sync")
+        await self._run(self._prepare)
+
+    async def close(self) -> None:
+        if self._worker is None or self._syncers is None:
+            return
+        await self._run(self._forget_all)
+        self._worker.shutdown(wait=False)
+        self._syncers.shutdown(wait=False)
+        self._worker = self._syncers = None
+
+    async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        try:
+            return self._get(keys, now=True)
+        except OSError:  # it would have to wait
+            return await self._run(self._get, keys)
+
+    async def scan(
+        self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
+    ) -> Page:
+        try:
+            return self._scan(partition, start, end, limit, reverse, now=True)
+        except OSError:
+            return await self._run(self._scan, partition, start, end, limit, reverse)
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        return await self._run(self._commit, writes)
+
+    async def purge(self, partition: str, start: str, end: str | None) -> None:
+        if not start and end is None:
+            await self._run(self._remove, partition)
+            return
+        while await self._run(self._purge_some, partition, start, end):
+            pass
+
+    async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
+        return await self._run(self._partitions, cursor or "", limit)
+
+    async def _run(self, job: Callable[[*_Ts], _T], *args: *_Ts) -> _T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, job, *args)
+        except PermissionError as error:
+            raise ConfigurationError(f"{self!r}: {error}") from error
+        except OSError as error:
+            raise UnavailableError(f"{self!r}: {error}") from error
+
+    # Everything below blocks, and runs in the worker thread; with `now` it runs in the loop's and never blocks.
+
+    def _prepare(self) -> None:
+        if not self._create and not self._path.is_dir():
+            raise ConfigurationError(f"the folder {self._path} is missing, and create=False")
+        missing = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            with suppress(FileExistsError):  # another process was faster
+                folder.mkdir(0o700)
+        if not self._folder.is_dir():
+            raise ConfigurationError(f"{self._folder} is not a folder")
+        if self._power:
+            for folder in {self._path, *(folder.parent for folder in missing)}:
+                _sync_folder(folder)
+
+    def _get(self, keys: Sequence[Key], now: bool = False) -> list[Entry | None]:
+        found: list[Entry | None] = [None] * len(keys)
+        wanted: dict[str, list[int]] = {}
+        for number, key in enumerate(keys):
+            wanted.setdefault(key.partition, []).append(number)
+        for partition, numbers in wanted.items():
+            log = self._look(partition, now)
+            if log is None:
+                continue
+            try:
+                for number in numbers:
+                    found[number] = log.read(keys[number].key, now=now)
+            finally:
+                log.lock.release()
+        return found
+
+    def _scan(
+        self, partition: str, start: str, end: str | None, limit: int, reverse: bool, now: bool = False
+    ) -> Page:
+        log = self._look(partition, now)
+        if log is None:
+            return Page([], False)
+        try:
+            if now and log.keys is None:
+                raise BlockingIOError
+            page: list[Entry] = []
+            size = 0
+            for key in log.sorted_keys().irange(start, end, (True, False), reverse=reverse):
+                size += len(key) + log.entries[key].length
+                if page and (len(page) == limit or size > PAGE_BYTES):
+                    return Page(page, True)
+                entry = log.read(key, now=now)
+                if entry is not None:
+                    page.append(entry)
+            return Page(page, False)
+        finally:
+            log.lock.release()
+
+    def _look(self, partition: str, now: bool) -> _Log | None:
+        """Return the up-to-date log, its lock taken, or None where there is no file."""
+        if now:
+            log = self._logs.get(partition)
+            if not _NOWAIT or log is None or not log.lock.acquire(blocking=False):
+                raise BlockingIOError
+            if not log.writing and not log.is_current():
+                log.lock.release()
+                raise BlockingIOError
+            log.used = True
+            return log
+        log = self._log(partition)
+        if not log.is_current():
+            if (log.fd < 0 or not os.fstat(log.fd).st_nlink) and not self._open_file(log):
+                return None
+            self._refresh(log)
+            self._count(log)
+        log.lock.acquire()
+        return log
+
+    def _commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        outcomes: list[bool | None] = [None] * len(writes)
+        failures: list[Exception] = []
+        staged: list[_Staged] = []
+
+        def settle() -> None:
+            self._settle(staged, outcomes, failures)
+            staged.clear()
+
+        try:
+            for number, write in enumerate(writes):
+                try:
+                    outcome = self._stage(number, write, before_waiting=settle)
+                except (OSError, PersistenceError) as error:
+                    failures.append(error)
+                    continue
+                if isinstance(outcome, bool):
+                    outcomes[number] = outcome
+                else:
+                    staged.append(outcome)
+                    if len(staged) == _BATCH:
+                        settle()
+            settle()
+        finally:
+            for item in staged:
+                self._forget(item.log)
+        if len(failures) == len(writes) > 0:
+            raise failures[0]
+        for error in failures:
+            _logger.warning("a write of %d in %r failed: %s", len(writes), self, error)
+        return outcomes
+
+    def _stage(self, number: int, write: Write, before_waiting: Callable[[], None]) -> _Staged | bool:
+        """Write the line. The outcome is known at once where nothing changes; else the file stays locked."""
+        log = self._log(write.partition)
+        if not self._lock(log, before_waiting):
+            if not all(_holds(op, {}) for op in write.ops):
+                return False
+            if not any(isinstance(op, Put) for op in write.ops):
+                return True
+            self._lock(log, before_waiting, create=True)
+        done = False
+        try:
+            self._refresh(log, repair=True)
+            if not all(_holds(op, log.entries) for op in write.ops):
+                return False
+            puts = [(op.key, op.value) for op in write.ops if isinstance(op, Put)]
+            deletes = [op.key for op in write.ops if isinstance(op, Delete) and op.key in log.entries]
+            if not puts and not deletes:
+                return True
+            if not puts and len(deletes) == len(log.entries):
+                log.writing = True
+                os.unlink(log.path)
+                done = True
+                return _Staged(number, log, _Change([], deletes), 0)
+            line = _line(write.version, puts, deletes)
+            change = _parse(line[:-1], log.end)
+            log.writing = True
+            self._append(log, line)
+            done = True
+            return _Staged(number, log, change, len(line))
+        finally:
+            if not done:
+                log.writing = False
+                self._unlock(log)
+
+    def _settle(self, staged: list[_Staged], outcomes: list[bool | None], failures: list[Exception]) -> None:
+        """Make the staged Writes safe, then show them to this driver's readers, and unlock."""
+        for item, failure in zip(staged, self._sync_all(staged), strict=True):
+            log = item.log
+            if failure is not None:
+                failures.append(failure)
+                self._give_up(item)
+                continue
+            outcomes[item.number] = True
+            if not item.size:
+                self._forget(log)
+                continue
+            with log.lock:
+                log.apply(item.change)
+                log.end += item.size
+                log.writing = False
+            self._unlock(log)
+            if log.wasteful and self._worker is not None:
+                log.floor = 2 * log.end  # not again before it has doubled, should this fail
+                self._worker.submit(self._compact, log)
+
+    def _sync_all(self, staged: list[_Staged]) -> Iterable[OSError | None]:
+        if not self._power:
+            return [None] * len(staged)
+        if len(staged) == 1 or self._syncers is None:
+            return [_sync(item) for item in staged]
+        return self._syncers.map(_sync, staged)
+
+    def _give_up(self, item: _Staged) -> None:
+        """After a failed sync the line may be seen and yet be lost: put a file without it in this one's place.
+
+        Cutting it off will not do. A reader who has seen it would take the next line of its length for it.
+        """
+        try:
+            if item.size:
+                self._rewrite(item.log)
+        except OSError as error:
+            _logger.warning("%s: sync failed, and so did the repair: %s", item.log.path, error)
+        finally:
+            self._forget(item.log)
+
+    def _purge_some(self, partition: str, start: str, end: str | None) -> bool:
+        log = self._look(partition, now=False)
+        if log is None:
+            return False
+        keys = list(islice(log.sorted_keys().irange(start, end, (True, False)), _PURGE_KEYS))
+        log.lock.release()
+        if keys:
+            self._commit([Write(partition, tuple(Delete(key) for key in keys), ABSENT)])
+        return len(keys) == _PURGE_KEYS
+
+    def _remove(self, partition: str) -> None:
+        log = self._log(partition)
+        if not self._lock(log):
+            return
+        try:
+            os.unlink(log.path)
+            if self._power:
+                _sync_folder(log.path.parent)
+        finally:
+            self._forget(log)
+
+    def _partitions(self, cursor: str, limit: int) -> tuple[list[str], str | None]:
+        after_folder, _, after_name = cursor.partition("/")
+        found: list[str] = []
+        for folder in (f"{number:02x}" for number in range(256)):
+            if folder < after_folder:
+                continue
+            try:
+                names = sorted(os.listdir(self._folder / folder))
+            except FileNotFoundError:
+                continue
+            for name in names:
+                if not name.endswith(".jsonl") or (folder == after_folder and name <= after_name):
+                    continue
+                partition = _partition_of(self._folder / folder / name)
+                if partition is not None:
+                    found.append(partition)
+                    if len(found) == limit:
+                        return found, f"{folder}/{name}"
+        return found, None
+
+    def _compact(self, log: _Log) -> None:
+        try:
+            if not self._lock(log):
+                return
+            try:
+                self._refresh(log, repair=True)
+                self._rewrite(log)
+            finally:
+                self._forget(log)
+        except (OSError, PersistenceError) as error:
+            _logger.warning("%s was not compacted: %s", log.path, error)
+
+    def _rewrite(self, log: _Log) -> None:
+        """Put a file with what the index holds, and nothing else, in the place of the locked one."""
+        if not log.entries:
+            os.unlink(log.path)
+            _sync_folder(log.path.parent)
+            return
+        aside = log.path.with_suffix(".new")  # nobody else's: it is written under the lock
+        try:
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(_header(log.partition))
+                for key in log.entries:
+                    entry = log.read(key, now=False)
+                    if entry is not None:
+                        file.write(_line(entry.version, [(key, entry.value)], []))
+                file.flush()
+                _sync_file(file.fileno())
+            os.replace(aside, log.path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _sync_folder(log.path.parent)
+
+    def _log(self, partition: str) -> _Log:
+        log = self._logs.get(partition)
+        if log is None:
+            digest = sha256(partition.encode()).hexdigest()
+            # Readable, yet no two names meet, not even where A is a; the true name stands in the header.
+            readable = re.sub("[^a-z0-9]+", "_", partition.lower())[:60]
+            return _Log(partition, self._folder / digest[:2] / f"{readable}-{digest[:32]}.jsonl")
+        log.used = True
+        return log
+
+    def _open_file(self, log: _Log, *, create: bool = False) -> bool:
+        """Open what the path names now, if anything; an index of another file is dropped."""
+        log.close()
+        folder = log.path.parent
+        if create and folder not in self._made:
+            with suppress(FileExistsError):
+                folder.mkdir(0o700)
+            if self._power:
+                _sync_folder(self._folder)
+            self._made.add(folder)
+        self._make_room()
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        try:
+            fd = os.open(log.path, flags, 0o600)
+        except FileNotFoundError:
+            self._forget(log)
+            if create:
+                raise
+            return False
+        with log.lock:
+            log.fd = fd
+            if not log.header or os.pread(fd, len(log.header), 0) != log.header:
+                log.clear()
+        self._logs[log.partition] = log
+        self._opened.append(log)
+        return True
+
+    def _lock(
+        self, log: _Log, before_waiting: Callable[[], None] | None = None, *, create: bool = False
+    ) -> bool:
+        """Take the writers' lock of the file that the path names; False where there is none.
+
+        Nobody waits here while holding another lock, so nobody waits in a circle.
+        """
+        deadline = 0.0
+        while log.fd >= 0 or self._open_file(log, create=create):
+            try:
+                fcntl.flock(log.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not deadline:
+                    deadline = time.monotonic() + _LOCK_SECONDS
+                    if before_waiting is not None:
+                        before_waiting()
+                elif time.monotonic() > deadline:
+                    message = f"another process has locked {log.path} for {_LOCK_SECONDS:.0f} s"
+                    raise UnavailableError(message, partition=log.partition) from None
+                time.sleep(0.0005)
+                continue
+            if os.fstat(log.fd).st_nlink:
+                return True
+            log.close()
+        return False
+
+    def _unlock(self, log: _Log) -> None:
+        if log.fd >= 0:
+            fcntl.flock(log.fd, fcntl.LOCK_UN)
+            self._count(log)
+
+    def _refresh(self, log: _Log, *, repair: bool = False) -> None:
+        """Read what was appended. `repair`, under the lock, makes the file end where its good lines end."""
+        size = os.fstat(log.fd).st_size
+        if size != log.end:
+            with log.lock:
+                try:
+                    log.replay()
+                except _BadLineError:
+                    self._reread(log)
+        if not repair:
+            return
+        if size > log.end:
+            os.ftruncate(log.fd, log.end)
+            if self._power:  # or the next line could come to stand on the remains of this one
+                _sync_file(log.fd)
+        if not log.end:
+            header = _header(log.partition)
+            self._append(log, header)
+            log.take_header(header[:-1])
+            log.end = len(header)
+
+    def _reread(self, log: _Log) -> None:
+        """Tell corruption from a tail that a writer cut off and wrote over while it was being read."""
+        try:
+            log.replay()
+        except _BadLineError:
+            message = f"{log.path} is damaged at byte {log.end}"
+            raise CorruptRecordError(message, partition=log.partition) from None
+
+    def _append(self, log: _Log, line: bytes) -> None:
+        try:
+            if os.write(log.fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(log.fd, log.end)
+            raise
+
+    def _count(self, log: _Log) -> None:
+        if log.partition in self._logs:
+            self._index_bytes += log.weight - log.counted
+            log.counted = log.weight
+
+    def _make_room(self) -> None:
+        """Close files and forget indexes beyond the bounds: the oldest, but used ones get a second chance."""
+        while len(self._opened) > _OPEN_FILES:
+            log = self._opened.popleft()
+            if log.writing or (log.used and log.fd >= 0):
+                log.used = False
+                self._opened.append(log)
+            else:
+                log.close()
+        for _ in range(2 * len(self._logs)):
+            if self._index_bytes <= _INDEX_BYTES:
+                break
+            partition, log = self._logs.popitem(last=False)
+            self._logs[partition] = log
+            if log.used or log.writing:
+                log.used = False
+            else:
+                self._forget(log)
+
+    def _forget(self, log: _Log) -> None:
+        if self._logs.get(log.partition) is log:
+            del self._logs[log.partition]
+            self._index_bytes -= log.counted
+        log.close()
+        with log.lock:
+            log.clear()
+            log.counted = 0
+
+    def _forget_all(self) -> None:
+        for log in list(self._logs.values()):
+            self._forget(log)
+        self._opened.clear()
+        self._made.clear()
+
+
+filesystem_driver = FilesystemDriver
+
+
+def from_url(url: str) -> FilesystemDriver:
+    """Return the driver of ``file:///folder?namespace=…&durability=…``; the path is absolute."""
+    parts, options, _ = split_url(url, {"namespace": str, "durability": str, "create": flag})
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.fragment:
+        raise ConfigurationError("a file:// URL is file:///folder: three slashes, and %23 for #")
+    return FilesystemDriver(unquote(parts.path), **options)
+
+
+def _folder_name(namespace: str) -> str:
+    """Return a name that stays apart from the others where A is a; no namespace holds a dot."""
+    lowered = namespace.lower()
+    return lowered if lowered == namespace else f"{lowered}.{sha256(namespace.encode()).hexdigest()[:16]}"
+
+
+def _partition_of(path: Path) -> str | None:
+    """Return the partition that a file holds; None where it is gone, or its first line was never completed."""
+    try:
+        with open(path, "rb") as file:
+            header, first = file.readline(), file.readline()
+    except FileNotFoundError:
+        return None
+    if not first.endswith(b"\n"):
+        return None
+    try:
+        return _parse_header(header[:-1], path).partition
+    except _BadLineError:
+        raise CorruptRecordError(f"{path} is damaged at byte 0") from None
+
+
+def _sealed(body: bytes) -> bytes:
+    rest = b'",%b}' % body
+    return b'{"sum":"%08x%b\n' % (zlib.crc32(rest), rest)
+
+
+def _header(partition: str) -> bytes:
+    body = b'"format":1,"partition":%b,"id":"%b"' % (_encode(partition), os.urandom(8).hex().encode())
+    return _sealed(body)
+
+
+def _line(version: int, puts: Iterable[tuple[str, bytes]], deletes: list[str]) -> bytes:
+    plain: list[bytes] = []
+    coded: list[bytes] = []
+    for key, value in puts:
+        if _is_plain_json(value):
+            plain.append(b"%b:%b" % (_encode(key), value))
+        else:
+            coded.append(b'%b:"%b"' % (_encode(key), b64encode(value)))
+    parts = [b'"version":%d' % version]
+    if plain:
+        parts.append(b'"put":{%b}' % b",".join(plain))
+    if coded:
+        parts.append(b'"put64":{%b}' % b",".join(coded))
+    if deletes:
+        parts.append(b'"delete":%b' % _encode(deletes))
+    return _sealed(b",".join(parts))
+
+
+def _is_plain_json(value: bytes) -> bool:
+    """Whether a line can carry the value as it is, and give it back byte for byte."""
+    if b"\n" in value:
+        return False
+    try:
+        value.decode()
+        if bytes(_decode_any(value)) != value:  # spaces around it
+            return False
+        if value.count(b"[") + value.count(b"{") > 64:
+            _decode_any(b"[" * 64 + value + b"]" * 64)  # nested so deep that a line could not be parsed?
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse_header(line: bytes, path: Path) -> _Header:
+    _check_sum(line)
+    header = _decode_header(line)
+    if header.format != 1:
+        raise CorruptRecordError(f"{path} has format {header.format}, made by a later release")
+    return header
+
+
+def _parse(line: bytes, offset: int) -> _Change:
+    """Read a line that begins at `offset`. Lines have one form only (`_line`), so places can be counted."""
+    _check_sum(line)
+    version, put, put64, delete = msgspec.structs.astuple(_decode_line(line))
+    offset += len(b'{"sum":"12345678","version":%d' % version)
+    puts: list[tuple[str, _Place]] = []
+    for name, values, coded in ((b"put", put, False), (b"put64", put64, True)):
+        if values:
+            offset += len(name) + len(b',"":{')
+        for key, raw in values.items():
+            offset += len(_encode(key)) + len(b":")
+            length = len(memoryview(raw))
+            puts.append((key, _Place(version, offset + coded, length - 2 * coded, coded)))
+            offset += length + len(b",")  # or the bracket at the end
+    return _Change(puts, delete)
+
+
+def _check_sum(line: bytes) -> None:
+    if line[:8] != b'{"sum":"' or line[8:16] != b"%08x" % zlib.crc32(line[16:]):
+        raise _BadLineError
+
+
+def _sync(item: _Staged) -> OSError | None:
+    """Make a staged Write safe from a power cut, and the file's name too where nobody may have done so."""
+    log = item.log
+    try:
+        if item.size:
+            _sync_file(log.fd)
+        if not item.size or not log.settled:
+            _sync_folder(log.path.parent)
+            log.settled = True
+    except OSError as error:
+        return error
+    return None
+
+
+def _sync_file(fd: int) -> None:
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync alone leaves the data in the disk's cache
+    else:
+        os.fdatasync(fd)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _holds(op: Op, entries: dict[str, _Place]) -> bool:
+    if op.expect is None:
+        return True
+    place = entries.get(op.key)
+    return op.expect == (ABSENT if place is None else place.version)

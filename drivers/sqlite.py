@@ -1,0 +1,389 @@
+"""One table in one SQLite file, one row an entry; the processes of one machine may share the file.
+
+The primary key is (p, k), where p is ``namespace/partition``. Names are ASCII,
+so TEXT sorts them as the contract asks. The row ('', 'format') tells the
+version of this layout. The file may hold other tables. To look at it:
+``SELECT p, k, CAST(v AS TEXT) FROM persistence``.
+
+The file is in WAL mode: reading waits for nobody, writing takes turns, and
+SQLite keeps ``-wal`` and ``-shm`` beside it, which belong to it: copy a file in
+use with ``VACUUM INTO``, never by itself. It must lie on a local disk, and must
+not be moved or removed while it is open. It does not shrink: what `purge` frees
+is used again.
+
+One connection writes and one reads, each in a thread of its own, through the
+standard library. aiosqlite hops to its thread for every statement; here a call
+is a function that runs in the thread, so a `commit` of any Writes is one hop,
+one transaction and one fsync.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Final, TypeAlias, TypeVar, TypeVarTuple
+
+from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
+from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
+from persistence.options import (
+    Durability,
+    check_durability,
+    check_identifier,
+    check_namespace,
+    flag,
+    split_url,
+)
+
+__all__ = ["SQLiteDriver", "from_url", "sqlite_driver"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_FORMAT: Final = b"1"
+_PAST_ALL_KEYS: Final = "\x7f"
+
+_SQL: Final = {
+    # WITHOUT ROWID would keep the values in the tree of the keys: at 1 KB a file three times as large.
+    "create": """CREATE TABLE IF NOT EXISTS "{t}" (
+        p TEXT NOT NULL, k TEXT NOT NULL, v BLOB NOT NULL, ver INTEGER NOT NULL, PRIMARY KEY (p, k))""",
+    "sign": """INSERT INTO "{t}" (p, k, v, ver) VALUES ('', 'format', ?, 1) ON CONFLICT DO NOTHING""",
+    "format": """SELECT v FROM "{t}" WHERE p = '' AND k = 'format'""",
+    "get": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k = ?""",
+    "version": """SELECT ver FROM "{t}" WHERE p = ? AND k = ?""",
+    "scan": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k >= ? AND k < ? ORDER BY k LIMIT ?""",
+    "scan down": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k >= ? AND k < ? ORDER BY k DESC LIMIT ?""",
+    "put": """INSERT INTO "{t}" (p, k, v, ver) VALUES (?, ?, ?, ?)
+        ON CONFLICT (p, k) DO UPDATE SET v = excluded.v, ver = excluded.ver""",
+    "delete": """DELETE FROM "{t}" WHERE p = ? AND k = ?""",
+    "purge": """DELETE FROM "{t}" WHERE rowid IN (
+        SELECT rowid FROM "{t}" WHERE p = ? AND k >= ? AND k < ? LIMIT 20)""",
+    "next partition": """SELECT min(p) FROM "{t}" WHERE p > ? AND p < ?""",
+}
+
+_PURGE_STEP: Final = 0.02
+"""Seconds that `purge` holds the write lock, and then leaves it to others."""
+
+# By primary result code. Any other (cannot open, read only, no such column, …) is the set-up's fault.
+_KINDS: Final[dict[int, type[PersistenceError]]] = {
+    sqlite3.SQLITE_BUSY: UnavailableError,
+    sqlite3.SQLITE_LOCKED: UnavailableError,
+    sqlite3.SQLITE_PROTOCOL: UnavailableError,  # lost the race for the WAL's locks many times over
+    sqlite3.SQLITE_FULL: UnavailableError,
+    sqlite3.SQLITE_IOERR: UnavailableError,
+    sqlite3.SQLITE_NOMEM: UnavailableError,
+    sqlite3.SQLITE_CORRUPT: CorruptRecordError,
+    sqlite3.SQLITE_NOTADB: CorruptRecordError,
+}
+
+_creating = threading.Lock()
+
+
+class SQLiteDriver:
+    """Keep everything in the SQLite file `path`.
+
+    `create` makes a missing file, for its owner's eyes only, and a missing
+    table, but no folder. `busy_timeout` is how many seconds a call waits for
+    others who write. `durability` "power" is SQLite's ``synchronous=FULL``,
+    "process" is NORMAL.
+    """
+
+    lanes = 1  # SQLite has one writer at a time, and the more Writes share an fsync the better
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        namespace: str = "default",
+        durability: Durability = "power",
+        create: bool = True,
+        busy_timeout: float = 5.0,
+        table: str = "persistence",
+    ) -> None:
+        self._namespace = check_namespace(namespace)
+        self._durability = check_durability(durability)
+        self._table = check_identifier(table, "table")
+        text = os.fspath(path)
+        if text in ("", ":memory:"):
+            message = f"path={text!r}: the data need a file here; memory_driver keeps them in memory"
+            raise ConfigurationError(message)
+        if not 0 <= busy_timeout <= 3600:
+            message = f"busy_timeout={busy_timeout!r}: use 0 to 3600 seconds"
+            raise ConfigurationError(message)
+        self._path = Path(text)
+        self._create = create
+        self._busy_timeout = busy_timeout
+        self._sql = {name: statement.format(t=table) for name, statement in _SQL.items()}
+        self._writer = _Connection(self._path)
+        self._reader = _Connection(self._path)
+
+    def __repr__(self) -> str:
+        return f"sqlite_driver({str(self._path)!r}, namespace={self._namespace!r})"
+
+    async def open(self) -> None:
+        try:
+            await self._writer.open(self._connect)
+            await self._writer.run(self._prepare)
+            await self._reader.open(self._connect)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        await self._reader.close()
+        await self._writer.close()
+
+    async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        return await self._reader.run(self._get, keys)
+
+    async def scan(
+        self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
+    ) -> Page:
+        return await self._reader.run(self._scan, partition, start, end, limit, reverse)
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        return await self._writer.run(self._commit, writes)
+
+    async def purge(self, partition: str, start: str, end: str | None) -> None:
+        while await self._writer.run(self._purge, partition, start, end):  # noqa: ASYNC110 - it polls nothing
+            await asyncio.sleep(_PURGE_STEP)
+
+    async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
+        names = await self._reader.run(self._partitions, cursor or "", limit)
+        return names, names[-1] if len(names) == limit else None
+
+    # What the methods above do, each in the thread of its connection:
+
+    def _get(self, db: sqlite3.Connection, keys: Sequence[Key]) -> list[Entry | None]:
+        found: list[Entry | None] = []
+        # One statement for all would be no faster; ``(p, k) IN (VALUES …)`` would even read the whole table.
+        with db:
+            if len(keys) > 1:
+                db.execute("BEGIN")  # one snapshot for all
+            for partition, key in keys:
+                row = db.execute(self._sql["get"], (self._name(partition), key)).fetchone()
+                found.append(None if row is None else Entry._make(row))
+        return found
+
+    def _scan(
+        self, db: sqlite3.Connection, partition: str, start: str, end: str | None, limit: int, reverse: bool
+    ) -> Page:
+        entries: list[Entry] = []
+        size = 0
+        statement = self._sql["scan down" if reverse else "scan"]
+        bounds = (self._name(partition), start, _PAST_ALL_KEYS if end is None else end)
+        # SQLite looks for a row when it is asked for it, so a page that its size cuts short reads no further.
+        with closing(db.execute(statement, (*bounds, limit + 1))) as rows:
+            for row in rows:
+                entry = Entry._make(row)
+                size += len(entry.key) + len(entry.value)
+                if entries and (len(entries) == limit or size > PAGE_BYTES):
+                    return Page(entries, True)
+                entries.append(entry)
+        return Page(entries, False)
+
+    def _commit(self, db: sqlite3.Connection, writes: Sequence[Write]) -> list[bool | None]:
+        with db:
+            # A plain BEGIN would fail, and not wait, if another process wrote before its first change.
+            db.execute("BEGIN IMMEDIATE")
+            # The Writes are of different partitions: what one changes, no other tests.
+            outcomes: list[bool | None] = [self._holds(db, write) for write in writes]
+            held = [(self._name(w.partition), w) for w, holds in zip(writes, outcomes, strict=True) if holds]
+            puts = ((p, op.key, op.value, w.version) for p, w in held for op in w.ops if isinstance(op, Put))
+            deletes = ((p, op.key) for p, w in held for op in w.ops if isinstance(op, Delete))
+            db.executemany(self._sql["put"], puts)
+            db.executemany(self._sql["delete"], deletes)
+            return outcomes
+
+    def _holds(self, db: sqlite3.Connection, write: Write) -> bool:
+        name = self._name(write.partition)
+        for op in write.ops:
+            if op.expect is not None:
+                row = db.execute(self._sql["version"], (name, op.key)).fetchone()
+                if op.expect != (ABSENT if row is None else row[0]):
+                    return False
+        return True
+
+    def _purge(self, db: sqlite3.Connection, partition: str, start: str, end: str | None) -> bool:
+        """Remove what can be removed in the time of one step; tell whether there may be more."""
+        bounds = (self._name(partition), start, _PAST_ALL_KEYS if end is None else end)
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            deadline = time.monotonic() + _PURGE_STEP
+            while db.execute(self._sql["purge"], bounds).rowcount:
+                if time.monotonic() > deadline:
+                    return True
+        return False
+
+    def _partitions(self, db: sqlite3.Connection, after: str, limit: int) -> list[str]:
+        # Leaps from name to name in the index, however many entries each has. "0" comes right after "/".
+        name, end = self._name(after), self._namespace + "0"
+        names: list[str] = []
+        while len(names) < limit:
+            (name,) = db.execute(self._sql["next partition"], (name, end)).fetchone()
+            if name is None:
+                break
+            names.append(name[len(self._namespace) + 1 :])
+        return names
+
+    def _name(self, partition: str) -> str:
+        return f"{self._namespace}/{partition}"
+
+    # Opening:
+
+    def _connect(self) -> sqlite3.Connection:
+        self._path = self._path.absolute()  # from now on the same file, whatever the working folder
+        if self._create:
+            _create_file(self._path)
+        # mode=rw: SQLite would create the file with whatever rights the umask leaves.
+        uri = f"{self._path.as_uri()}?mode=rw"
+        return sqlite3.connect(uri, uri=True, timeout=self._busy_timeout, isolation_level=None)
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        """Change nothing in a file that cannot be used; in any other make what is missing."""
+        look_up = "SELECT 1 FROM sqlite_master WHERE name = ? COLLATE NOCASE"
+        missing = db.execute(look_up, (self._table,)).fetchone() is None
+        if missing and not self._create:
+            message = f"{self._path} has no table {self._table!r}, and create=False forbids to make it"
+            raise ConfigurationError(message)
+        if not missing and (found := db.execute(self._sql["format"]).fetchone()) != (_FORMAT,):
+            message = (
+                f"{self._path}: table {self._table!r} has format {found}; this version knows {_FORMAT!r}"
+            )
+            raise ConfigurationError(message)
+        self._switch_to_wal(db)
+        power = self._durability == "power"
+        db.execute(f"PRAGMA synchronous = {'FULL' if power else 'NORMAL'}")
+        db.execute(f"PRAGMA fullfsync = {power:d}")  # macOS: fsync alone leaves the data in the drive's cache
+        if missing:
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                db.execute(self._sql["create"])
+                db.execute(self._sql["sign"], (_FORMAT,))
+
+    def _switch_to_wal(self, db: sqlite3.Connection) -> None:
+        # Alone of all statements, this one may fail at once when another process is about to do the same.
+        deadline = time.monotonic() + self._busy_timeout
+        while True:
+            try:
+                (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+                break
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0.001, 0.01))
+        if mode != "wal":
+            message = f"{self._path} cannot be in WAL mode where it lies: it needs a local disk"
+            raise ConfigurationError(message)
+
+
+sqlite_driver = SQLiteDriver
+
+
+def from_url(url: str) -> SQLiteDriver:
+    """Return the driver of ``sqlite:///relative/path?…`` or ``sqlite:////absolute/path?…``."""
+    split = split_url(
+        url, {"namespace": str, "durability": str, "create": flag, "busy_timeout": float, "table": str}
+    )
+    if split.parts.netloc or split.parts.fragment:
+        message = "sqlite:// URL: write sqlite:///relative/path or sqlite:////absolute/path, and %23 for '#'"
+        raise ConfigurationError(message)
+    return SQLiteDriver(split.path, **split.options)
+
+
+_Calls: TypeAlias = "SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None]"
+
+
+class _Connection:
+    """An SQLite connection and the thread it lives in. A ThreadPoolExecutor costs 20 µs a call more."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._calls: _Calls | None = None
+        self._db: sqlite3.Connection | None = None
+
+    async def open(self, connect: Callable[[], sqlite3.Connection]) -> None:
+        if self._calls is None:
+            self._calls = SimpleQueue()
+            threading.Thread(
+                target=_work, args=(self._calls,), name="persistence-sqlite", daemon=True
+            ).start()
+        await self._submit(self._calls, partial(self._open, connect))
+
+    async def run(self, function: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
+        if self._calls is None or self._db is None:
+            message = f"{self._path} is not open"
+            raise ConfigurationError(message)
+        return await self._submit(self._calls, partial(function, self._db, *args))
+
+    async def close(self) -> None:
+        calls, self._calls = self._calls, None
+        if calls is not None:
+            try:
+                await self._submit(calls, self._close)
+            finally:
+                calls.put(None)
+
+    def _open(self, connect: Callable[[], sqlite3.Connection]) -> None:
+        if self._db is None:
+            self._db = connect()
+
+    def _close(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            db.close()
+
+    async def _submit(self, calls: _Calls, call: Callable[[], T]) -> T:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        calls.put((future, call))
+        try:
+            return await future
+        except sqlite3.Error as error:
+            # Errors of the Python module itself carry no code.
+            kind = _KINDS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, ConfigurationError)
+            message = f"{self._path}: {error}"
+            raise kind(message) from error
+
+
+def _work(calls: _Calls) -> None:
+    for future, call in iter(calls.get, None):
+        result = error = None
+        try:
+            result = call()
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            future.get_loop().call_soon_threadsafe(_settle, future, result, error)
+
+
+def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+    if future.done():  # cancelled
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+def _create_file(path: Path) -> None:
+    """Make an empty file that only its owner may read; SQLite gives the files beside it the same rights."""
+    try:
+        # Closing a file drops every lock that this process has on it (POSIX): nobody may take one in between.
+        with _creating:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        pass
+    except FileNotFoundError as error:
+        message = f"{path} cannot be created: there is no folder {path.parent}"
+        raise ConfigurationError(message) from error
+    except (OSError, ValueError) as error:
+        message = f"{path} cannot be created: {error}"
+        raise ConfigurationError(message) from error

@@ -1,0 +1,578 @@
+"""Every record and method, on every engine."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from persistence import (
+    ConflictError,
+    ContainerRecord,
+    Deleted,
+    ImageRecord,
+    InvalidKeyError,
+    InvalidValueError,
+    LLMProviderRecord,
+    NotFoundError,
+    Persistence,
+    PrototypeRecord,
+    SessionRecord,
+    StoredMessage,
+    create_persistence,
+)
+from persistence.testing import MakeDriver
+
+HOSTILE_IDS = [
+    *("", "0", "null", "true", "1e3", "9007199254740993", "../x", "..", ".", "a/b", "a:b", "a_b", "a%b"),
+    *(
+        "abc?1",
+        "abc?2",
+        "{t}",
+        "%41",
+        "\0",
+        "😀",
+        "Case",
+        "case",
+        "CASE",
+        " ",
+        "a ",
+        "a\n",
+        "$end$",
+        "~",
+        "%",
+    ),
+    *("x" * 500, "x" * 501, "é" * 300, "e\u0301" * 300, "[a-z]*", "'; DROP TABLE x; --", "__proto__"),
+]
+
+
+def image(image_id: str = "img_1", **fields: Any) -> ImageRecord:
+    return ImageRecord(
+        **{"image_id": image_id, "container_id": "c", "session_id": "s", "name": "coder", **fields}
+    )
+
+
+def session(session_id: str = "s", **fields: Any) -> SessionRecord:
+    return SessionRecord(**{"session_id": session_id, "image_id": "img_1", "container_id": "c", **fields})
+
+
+def provider(id: str = "openai", **fields: Any) -> LLMProviderRecord:
+    return LLMProviderRecord(
+        **{
+            "id": id,
+            "container_id": "c",
+            "name": id,
+            "vendor": id,
+            "protocol": "openai",
+            "api_key": "sk-123",
+            "updated_at": 0,
+            **fields,
+        }
+    )
+
+
+def ids(records: list[Any], field: str = "image_id") -> list[str]:
+    return [getattr(record, field) for record in records]
+
+
+# ---- records
+
+
+async def test_a_record_comes_back_as_it_was_saved(p: Persistence) -> None:
+    full = image(
+        description="writes code",
+        system_prompt="",
+        parent_image_id="img_0",
+        mcp_servers={"files": {"command": "mcp", "args": [], "env": {"TOKEN": "x"}, "unknown": [0]}},
+        metadata={"driverSessionId": "d", "zero": 0, "none": None, "empty": "", "order": 1, "an": 2},
+        role_id="r",
+        os_id="o",
+        model="m",
+        prototype_id="proto",
+        thinking="high",
+        provider_options={"temperature": 0.0, "big": 2**80},
+        custom_data={
+            "at": datetime(2026, 1, 2, tzinfo=UTC),
+            "raw": b"\0\xff",
+            "pair": (1, 2),
+            "n": Decimal("1.50"),
+        },
+        created_at=1,
+        updated_at=-5,
+        extra={"from_the_future": {"a": [1]}},
+    )
+    version = await p.images.save_image(full)
+    found = await p.images.find_image_by_id("img_1")
+    assert found == full
+    assert found is not None
+    assert found.version == version
+    assert list(found.metadata or {}) == list(full.metadata or {})
+    assert found.custom_data == full.custom_data
+    assert type((found.custom_data or {})["pair"]) is tuple
+
+
+async def test_saving_again_replaces_the_whole_record(p: Persistence) -> None:
+    await p.images.save_image(image(description="old", extra={"x": 1}))
+    await p.images.save_image(image(name="new"))
+    found = await p.images.find_image_by_id("img_1")
+    assert found is not None
+    assert (found.name, found.description, found.extra) == ("new", None, {})
+
+
+async def test_a_mapping_with_unknown_fields_is_a_record_too(p: Persistence) -> None:
+    await p.containers.save_container(
+        {"container_id": "c", "config": {"a": 1}, "owner": "me", "created_at": 7}
+    )
+    found = await p.containers.find_container_by_id("c")
+    assert found is not None
+    assert (found.config, found.extra, found.created_at) == ({"a": 1}, {"owner": "me"}, 7)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"image_id": "i"}, {"name": 5}, {"created_at": 1.5}, {"created_at": 2**63}, 5]
+)
+async def test_a_record_of_wrong_types_is_refused(p: Persistence, bad: Any) -> None:
+    record = bad if not isinstance(bad, dict) or "image_id" in bad else image(**bad)
+    with pytest.raises(InvalidValueError):
+        await p.images.save_image(record)
+    assert await p.images.find_all_images() == []
+
+
+async def test_expected_version_lets_one_of_two_writers_win(p: Persistence) -> None:
+    first = await p.images.save_image(image(), expected_version=0)
+    with pytest.raises(ConflictError):
+        await p.images.save_image(image(), expected_version=0)
+    results = await asyncio.gather(
+        *(p.images.save_image(image(name=f"n{n}"), expected_version=first) for n in range(8)),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(result, int) for result in results) == 1
+    assert sum(isinstance(result, ConflictError) for result in results) == 7
+    winner = next(n for n, result in enumerate(results) if isinstance(result, int))
+    assert ids(await p.images.find_images_by_name(f"n{winner}")) == ["img_1"]
+    assert await p.images.count_images() == 1
+
+
+async def test_absent_things_are_none_empty_or_false(p: Persistence) -> None:
+    assert await p.containers.find_container_by_id("x") is None
+    assert await p.images.find_image_by_id("x") is None
+    assert await p.sessions.find_session_by_id("x") is None
+    assert await p.sessions.find_session_by_image_id("x") is None
+    assert await p.prototypes.find_prototype_by_id("x") is None
+    assert await p.llm_providers.find_llm_provider_by_id("x") is None
+    assert await p.llm_providers.find_default_llm_provider("x") is None
+    assert not await p.containers.container_exists("x")
+    assert not await p.images.image_exists("x")
+    assert not await p.sessions.session_exists("x")
+    assert not await p.prototypes.prototype_exists("x")
+    assert not await p.llm_providers.llm_provider_exists("x")
+    assert await p.sessions.get_messages("x") == []
+    assert await p.sessions.count_messages("x") == 0
+    assert await p.sessions.clear_messages("x") == 0
+    for delete in (
+        p.containers.delete_container,
+        p.images.delete_image,
+        p.sessions.delete_session,
+        p.prototypes.delete_prototype,
+        p.llm_providers.delete_llm_provider,
+    ):
+        assert await delete("x") == Deleted()
+    assert not Deleted()
+
+
+async def test_any_id_works_and_never_meets_another(p: Persistence) -> None:
+    for number, id in enumerate(HOSTILE_IDS):
+        await p.images.save_image(image(id, name=id, container_id=id, created_at=number))
+        await p.sessions.save_session(session(id, image_id=id, container_id=id))
+        await p.sessions.add_message(id, {"id": id})
+    for number, id in enumerate(HOSTILE_IDS):
+        found = await p.images.find_image_by_id(id)
+        assert found is not None
+        assert (found.image_id, found.created_at) == (id, number)
+        assert ids(await p.images.find_images_by_name(id)) == [id]
+        assert ids(await p.images.find_images_by_container_id(id)) == [id]
+        assert await p.sessions.get_messages(id) == [{"id": id}]
+        of_image = await p.sessions.find_session_by_image_id(id)
+        assert of_image is not None
+        assert of_image.session_id == id
+    assert ids(await p.images.find_all_images()) == HOSTILE_IDS[::-1]
+    assert await p.images.delete_image("") == Deleted(images=1, sessions=1, messages=1)
+    assert await p.images.count_images() == len(HOSTILE_IDS) - 1
+
+
+async def test_an_id_that_is_no_text_is_refused(p: Persistence) -> None:
+    for bad in (5, None, b"x", "\ud800", "x" * 100_000):
+        with pytest.raises(InvalidKeyError):
+            await p.images.find_image_by_id(bad)  # type: ignore[arg-type]
+        with pytest.raises(InvalidKeyError):
+            await p.sessions.add_message(bad, {})  # type: ignore[arg-type]
+
+
+async def test_listings_are_newest_first_with_ties_by_id(p: Persistence) -> None:
+    for id, created_at in [("b", 5), ("a", 5), ("old", -(2**63)), ("new", 2**63 - 1), ("c", 5), ("zero", 0)]:
+        await p.images.save_image(image(id, created_at=created_at))
+    expected = ["new", "a", "b", "c", "zero", "old"]
+    assert ids(await p.images.find_all_images()) == expected
+    assert ids(await p.images.find_images_by_name("coder")) == expected
+    paged: list[str] = []
+    cursor = None
+    while True:
+        page = await p.images.find_images_by_container_id("c", limit=4, cursor=cursor)
+        paged += ids(page)
+        cursor = page.cursor
+        if cursor is None:
+            break
+    assert paged == expected
+    empty = await p.images.find_all_images(limit=0)
+    assert empty == []
+    assert len(await p.images.find_all_images(limit=100)) == 6
+
+
+@pytest.mark.parametrize("bad", [{"limit": -1}, {"limit": 1.5}, {"limit": True}, {"limit": "3"}])
+async def test_a_bad_limit_is_refused(p: Persistence, bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValueError):
+        await p.images.find_all_images(**bad)
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "0" * 20, "0" * 20 + "/", 5, "0" * 20 + "/a b"])
+async def test_a_bad_cursor_is_refused(p: Persistence, cursor: Any) -> None:
+    with pytest.raises(InvalidKeyError):
+        await p.images.find_all_images(cursor=cursor)
+
+
+async def test_update_metadata_merges_and_touches_the_rest_not(p: Persistence) -> None:
+    await p.images.save_image(image(metadata={"a": 1, "b": 2}, description="d", updated_at=0))
+    updated = await p.images.update_metadata("img_1", {"b": 3, "c": None}, remove=["a"])
+    found = await p.images.find_image_by_id("img_1")
+    assert found == updated
+    assert found is not None
+    assert found.metadata == {"b": 3, "c": None}
+    assert found.description == "d"
+    assert found.updated_at > 0
+    with pytest.raises(NotFoundError, match="Image not found: nobody"):
+        await p.images.update_metadata("nobody", {})
+
+
+async def test_concurrent_metadata_updates_lose_nothing(p: Persistence) -> None:
+    await p.images.save_image(image())
+    await asyncio.gather(*(p.images.update_metadata("img_1", {f"k{n}": n}) for n in range(12)))
+    found = await p.images.find_image_by_id("img_1")
+    assert found is not None
+    assert found.metadata == {f"k{n}": n for n in range(12)}
+
+
+async def test_the_session_of_an_image_is_its_most_recent(p: Persistence) -> None:
+    await p.sessions.save_session(session("zzz", created_at=1))
+    await p.sessions.save_session(session("aaa", created_at=3))
+    await p.sessions.save_session(session("mmm", created_at=2))
+    found = await p.sessions.find_session_by_image_id("img_1")
+    assert found is not None
+    assert found.session_id == "aaa"
+    assert ids(await p.sessions.find_sessions_by_image_id("img_1"), "session_id") == ["aaa", "mmm", "zzz"]
+    assert ids(await p.sessions.find_sessions_by_container_id("c", limit=1), "session_id") == ["aaa"]
+    assert await p.sessions.count_sessions(image_id="img_1") == 3
+    assert await p.sessions.count_sessions(container_id="other") == 0
+
+
+async def test_prototypes_do_what_images_do(p: Persistence) -> None:
+    record = PrototypeRecord(
+        prototype_id="p", container_id="c", name="n", mcp_servers={"a": {"command": "x"}}
+    )
+    await p.prototypes.save_prototype(record)
+    assert await p.prototypes.find_prototype_by_id("p") == record
+    assert await p.prototypes.find_all_prototypes() == [record]
+    assert await p.prototypes.find_prototypes_by_container_id("c") == [record]
+    assert await p.prototypes.prototype_exists("p")
+    assert await p.prototypes.delete_prototype("p") == Deleted(prototypes=1)
+    assert await p.prototypes.find_all_prototypes() == []
+
+
+async def test_a_container_has_one_default_provider(p: Persistence) -> None:
+    await p.llm_providers.save_llm_provider(provider("a", is_default=True, created_at=1))
+    await p.llm_providers.save_llm_provider(provider("b", created_at=2))
+    assert await p.llm_providers.find_llm_provider_by_id("a") == provider("a", is_default=True, created_at=1)
+    default = await p.llm_providers.find_default_llm_provider("c")
+    assert default is not None
+    assert default.id == "a"
+    await asyncio.gather(*(p.llm_providers.set_default_llm_provider(id) for id in ("a", "b") * 4))
+    listed = await p.llm_providers.find_llm_providers_by_container_id("c")
+    assert sum(record.is_default for record in listed) == 1
+    await p.llm_providers.set_default_llm_provider("b")
+    assert [(r.id, r.is_default) for r in await p.llm_providers.find_all_llm_providers()] == [
+        ("b", True),
+        ("a", False),
+    ]
+    await p.llm_providers.save_llm_provider(provider("b", is_default=False, created_at=2))
+    assert await p.llm_providers.find_default_llm_provider("c") is None
+    await p.llm_providers.set_default_llm_provider("b")
+    assert await p.llm_providers.delete_llm_provider("b") == Deleted(llm_providers=1)
+    assert await p.llm_providers.find_default_llm_provider("c") is None
+    with pytest.raises(NotFoundError):
+        await p.llm_providers.set_default_llm_provider("b")
+
+
+# ---- messages
+
+
+async def test_messages_come_back_in_order_just_as_given(
+    p: Persistence, conversations: list[dict[str, Any]]
+) -> None:
+    for conversation in conversations:
+        numbers = await p.sessions.add_messages(conversation["session_id"], conversation["messages"])
+        assert numbers == list(range(1, len(conversation["messages"]) + 1))
+    for conversation in conversations:
+        found = await p.sessions.get_messages(conversation["session_id"])
+        assert found == conversation["messages"]
+        assert [list(message) for message in found] == [list(message) for message in conversation["messages"]]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"content": "\0 \u2028 😀", "falsy": [0, 0.0, False, "", None, [], {}], "__proto__": {"x": 1}},
+        {"$bytes": "aGk="},
+        {"$bytes": "aGk=", "raw": b"hi", "nested": {"$tuple": [1]}},
+        {"id": uuid.UUID(int=1), "set": {1, 2}, 5: "five", "inf": float("inf"), "big": -(2**200)},
+        {
+            "subtype": "tool-result",
+            "toolResult": {"output": {"type": "json", "value": False}},
+            "timestamp": 0,
+        },
+    ],
+)
+async def test_a_message_is_whatever_mapping_the_caller_has(p: Persistence, message: dict[Any, Any]) -> None:
+    await p.sessions.add_message("s", message)
+    (found,) = await p.sessions.get_messages("s")
+    assert found == message
+    assert [type(value) for value in found.values()] == [type(value) for value in message.values()]
+    assert list(found) == list(message)
+
+
+async def test_nan_is_stored_as_nan(p: Persistence) -> None:
+    await p.sessions.add_message("s", {"x": float("nan")})
+    (found,) = await p.sessions.get_messages("s")
+    assert found["x"] != found["x"]
+
+
+@pytest.mark.parametrize(
+    "bad", ["text", ["list"], None, {"x": object()}, {"x": "\ud800"}, {"f": frozenset()}]
+)
+async def test_what_cannot_be_stored_exactly_is_refused_before_anything_is_written(
+    p: Persistence, bad: Any
+) -> None:
+    with pytest.raises(InvalidValueError):
+        await p.sessions.add_message("s", bad)
+    with pytest.raises(InvalidValueError) as caught:
+        await p.sessions.add_messages("s", [{"fine": 1}, bad])
+    assert caught.value.stored == 0
+    assert await p.sessions.count_messages("s") == 0
+
+
+async def test_pages_of_messages(p: Persistence) -> None:
+    await p.sessions.add_messages("s", [{"n": n} for n in range(1, 11)])
+
+    async def page(**bounds: int) -> list[int]:
+        return [message["n"] for message in await p.sessions.get_messages("s", **bounds)]
+
+    assert await page() == list(range(1, 11))
+    assert await page(limit=3) == [1, 2, 3]
+    assert await page(last=3) == [8, 9, 10]
+    assert await page(last=99) == list(range(1, 11))
+    assert await page(last=0) == await page(limit=0) == await page(after=10) == await page(before=1) == []
+    assert await page(after=0) == list(range(1, 11))
+    assert await page(after=7) == [8, 9, 10]
+    assert await page(after=2, limit=2) == [3, 4]
+    assert await page(before=4) == [1, 2, 3]
+    assert await page(before=9, limit=2) == [7, 8]
+    assert await page(before=99, limit=1) == [10]
+    for bad in ({"last": 1, "after": 1}, {"after": 1, "before": 5}, {"last": 1, "limit": 1}, {"last": -1}):
+        with pytest.raises(InvalidValueError):
+            await page(**bad)
+    first = (await p.sessions.read_messages("s", limit=1))[0]
+    assert first == StoredMessage(1, first.created_at, {"n": 1})
+
+
+async def test_expected_last_refuses_who_did_not_see_the_last_message(p: Persistence) -> None:
+    assert await p.sessions.add_message("s", {"n": 1}, expected_last=0) == 1
+    with pytest.raises(ConflictError):
+        await p.sessions.add_message("s", {"n": 1}, expected_last=0)
+    results = await asyncio.gather(
+        *(p.sessions.add_message("s", {"n": n}, expected_last=1) for n in range(8)), return_exceptions=True
+    )
+    assert sorted(str(type(result).__name__) for result in results) == ["ConflictError"] * 7 + ["int"]
+    await p.sessions.clear_messages("s")
+    number = await p.sessions.add_message("s", {"n": 2}, expected_last=0)
+    assert await p.sessions.add_messages("s", [{}, {}], expected_last=number) == [number + 1, number + 2]
+
+
+async def test_an_idempotency_key_adds_once(p: Persistence) -> None:
+    first = await p.sessions.add_message("s", {"n": 1}, idempotency_key="k")
+    assert await p.sessions.add_message("s", {"n": 1}, idempotency_key="k") == first
+    numbers = await asyncio.gather(
+        *(p.sessions.add_message("s", {"n": 2}, idempotency_key="same/😀") for _ in range(8))
+    )
+    assert len(set(numbers)) == 1
+    assert await p.sessions.add_messages("s", [{"n": 3}, {"n": 4}], idempotency_key="many") == [3, 4]
+    assert await p.sessions.add_messages("s", [{"n": 3}, {"n": 4}], idempotency_key="many") == [3, 4]
+    assert [message["n"] for message in await p.sessions.get_messages("s")] == [1, 2, 3, 4]
+    assert await p.sessions.add_message("s", {"n": 1}, idempotency_key="k", expected_last=0) == first
+
+
+async def test_clear_truncate_and_go_on(p: Persistence) -> None:
+    await p.sessions.add_messages("s", [{"id": f"m{n % 4}", "n": n} for n in range(1, 9)])
+    assert await p.sessions.truncate_after_message("s", "m2") == 2  # the later one of n=2 and n=6
+    assert await p.sessions.count_messages("s") == 6
+    assert await p.sessions.truncate_after_message("s", seq=4) == 2
+    assert await p.sessions.truncate_after_message("s", seq=4) == 0
+    with pytest.raises(NotFoundError):
+        await p.sessions.truncate_after_message("s", seq=5)
+    with pytest.raises(NotFoundError):
+        await p.sessions.truncate_after_message("s", "nobody")
+    for bad in ({}, {"message_id": "m1", "seq": 1}):
+        with pytest.raises(InvalidValueError):
+            await p.sessions.truncate_after_message("s", **bad)  # type: ignore[arg-type]
+    number = await p.sessions.add_message("s", {"n": 99})
+    assert number > 8
+    assert [message["n"] for message in await p.sessions.get_messages("s")] == [1, 2, 3, 4, 99]
+    assert [message["n"] for message in await p.sessions.get_messages("s", last=2)] == [4, 99]
+    assert [message["n"] for message in await p.sessions.get_messages("s", before=number, limit=1)] == [4]
+    assert await p.sessions.clear_messages("s") == 5
+    assert await p.sessions.get_messages("s") == []
+    assert await p.sessions.add_message("s", {"n": 100}) > number
+    assert await p.sessions.count_messages("s") == 1
+
+
+async def test_a_deleted_session_refuses_until_it_is_saved_again(p: Persistence) -> None:
+    await p.sessions.save_session(session())
+    await p.sessions.add_messages("s", [{"n": 1}, {"n": 2}])
+    assert await p.sessions.delete_session("s") == Deleted(sessions=1, messages=2)
+    assert await p.sessions.delete_session("s") == Deleted()
+    assert await p.sessions.find_session_by_id("s") is None
+    assert await p.sessions.find_all_sessions() == []
+    assert await p.sessions.get_messages("s") == []
+    with pytest.raises(NotFoundError):
+        await p.sessions.add_message("s", {})
+    await p.sessions.save_session(session())
+    await p.sessions.add_message("s", {"n": 3})
+    assert await p.sessions.get_messages("s") == [{"n": 3}]
+    assert await p.sessions.find_all_sessions() == [await p.sessions.find_session_by_id("s")]
+
+
+async def test_messages_of_a_session_that_was_never_saved(p: Persistence) -> None:
+    await p.sessions.add_message("loose", {"n": 1})
+    assert not await p.sessions.session_exists("loose")
+    assert await p.sessions.delete_session("loose") == Deleted(messages=1)
+    with pytest.raises(NotFoundError):
+        await p.sessions.add_message("loose", {"n": 2})
+
+
+async def test_a_fork_is_a_copy_that_stands_alone(p: Persistence) -> None:
+    await p.sessions.save_session(session(extra={"title": "t"}))
+    await p.sessions.add_messages("s", [{"n": n} for n in range(1, 7)])
+    await p.sessions.truncate_after_message("s", seq=4)
+    await p.sessions.add_message("s", {"n": 7})
+    fork = await p.sessions.fork_session("s")
+    assert (fork.parent_session_id, fork.image_id, fork.extra) == ("s", "img_1", {"title": "t"})
+    assert [m.seq for m in await p.sessions.read_messages(fork.session_id)] == [1, 2, 3, 4, 5]
+    assert await p.sessions.get_messages(fork.session_id) == await p.sessions.get_messages("s")
+    part = await p.sessions.fork_session("s", new_session_id="part", through=2)
+    assert (part.session_id, part.parent_seq) == ("part", 2)
+    assert await p.sessions.get_messages("part") == [{"n": 1}, {"n": 2}]
+    await p.sessions.delete_session("s")
+    assert len(await p.sessions.get_messages(fork.session_id)) == 5
+    with pytest.raises(ConflictError):
+        await p.sessions.fork_session("part", new_session_id=fork.session_id)
+    with pytest.raises(NotFoundError):
+        await p.sessions.fork_session("s")
+
+
+async def test_an_image_forks_with_its_session(p: Persistence) -> None:
+    await p.images.save_image(image(metadata={"a": 1}, extra={"x": 1}))
+    await p.sessions.save_session(session())
+    await p.sessions.add_messages("s", [{"n": 1}, {"n": 2}])
+    fork = await p.images.fork_image("img_1", name="branch", through=1)
+    assert (fork.parent_image_id, fork.name, fork.metadata, fork.extra) == (
+        "img_1",
+        "branch",
+        {"a": 1},
+        {"x": 1},
+    )
+    assert await p.images.find_image_by_id(fork.image_id) == fork
+    of_fork = await p.sessions.find_session_by_image_id(fork.image_id)
+    assert of_fork is not None
+    assert (of_fork.session_id, of_fork.parent_session_id) == (fork.session_id, "s")
+    assert await p.sessions.get_messages(fork.session_id) == [{"n": 1}]
+    with pytest.raises(NotFoundError):
+        await p.images.fork_image("nobody")
+    with pytest.raises(ConflictError):
+        await p.images.fork_image("img_1", new_image_id=fork.image_id)
+
+
+async def test_deleting_a_container_takes_all_that_is_in_it_along(p: Persistence) -> None:
+    await p.containers.save_container(ContainerRecord(container_id="c"))
+    await p.containers.save_container(ContainerRecord(container_id="other"))
+    await p.images.save_image(image("kept", container_id="other"))
+    for n in range(3):
+        await p.images.save_image(image(f"i{n}"))
+        await p.sessions.save_session(session(f"s{n}", image_id=f"i{n}"))
+        await p.sessions.add_messages(f"s{n}", [{}, {}])
+    await p.sessions.save_session(session("stray", image_id="kept"))
+    await p.prototypes.save_prototype(PrototypeRecord(prototype_id="p", container_id="c", name="n"))
+    await p.llm_providers.save_llm_provider(provider())
+    removed = await p.containers.delete_container("c")
+    assert removed == Deleted(containers=1, images=3, sessions=4, messages=6, prototypes=1, llm_providers=1)
+    assert ids(await p.images.find_all_images()) == ["kept"]
+    assert await p.sessions.find_all_sessions() == []
+    assert ids(await p.containers.find_all_containers(), "container_id") == ["other"]
+
+
+async def test_without_cascade_the_children_stay(p: Persistence) -> None:
+    await p.images.save_image(image())
+    await p.sessions.save_session(session())
+    assert await p.images.delete_image("img_1", cascade=False) == Deleted(images=1)
+    assert await p.sessions.session_exists("s")
+
+
+async def test_long_values_are_kept_in_chunks_and_go_with_their_record(p: Persistence) -> None:
+    long = {"text": "ü" * 3_000_000, "raw": b"\0" * 500_000}
+    number = await p.sessions.add_message("s", long)
+    await p.images.save_image(image(custom_data=long))
+    assert (await p.sessions.get_messages("s"))[0] == long
+    found = await p.images.find_image_by_id("img_1")
+    assert found is not None
+    assert found.custom_data == long
+    await p.images.save_image(image(custom_data={"short": 1}))
+    await p.sessions.add_messages("s", [{"n": 1}, long, {"n": 2}])
+    assert await p.sessions.get_messages("s", after=number) == [{"n": 1}, long, {"n": 2}]
+    await p.sessions.clear_messages("s")
+    for partition in ("image/img_1", "session/s"):
+        page = await p._driver.scan(partition, "chunk/", "chunk0", limit=10)
+        assert page.entries == []
+
+
+async def test_a_second_object_sees_everything_at_once(make_driver: MakeDriver) -> None:
+    async with create_persistence(make_driver()) as one, create_persistence(make_driver()) as two:
+        for n in range(10):
+            await (one, two)[n % 2].sessions.add_message("s", {"n": n})
+        assert [m["n"] for m in await one.sessions.get_messages("s")] == list(range(10))
+        await one.sessions.truncate_after_message("s", seq=4)
+        assert await two.sessions.count_messages("s") == 4
+        await two.sessions.add_message("s", {"n": 10})
+        await one.sessions.delete_session("s")
+        with pytest.raises(NotFoundError):
+            await two.sessions.add_message("s", {"n": 11})
+
+
+async def test_concurrent_appends_lose_nothing(p: Persistence) -> None:
+    numbers = await asyncio.gather(*(p.sessions.add_message("one", {"n": n}) for n in range(50)))
+    assert sorted(numbers) == list(range(1, 51))
+    await asyncio.gather(*(p.sessions.add_message(f"s{n % 16}", {"n": n}) for n in range(256)))
+    for s in range(16):
+        assert sorted(m["n"] for m in await p.sessions.get_messages(f"s{s}")) == list(range(s, 256, 16))
+    stored = await p.sessions.read_messages("one")
+    assert [m.message["n"] for m in stored] == [numbers.index(m.seq) for m in stored]
