@@ -1,0 +1,123 @@
+"""A driver around a driver: values are encrypted before they leave the process (extra `encryption`).
+
+AES-256-GCM of the `cryptography` package, with a random 96-bit nonce a value.
+A value is bound to its partition and key, so that nobody who can write to the
+store can pass one entry off as another; that he puts an old value back in its
+own place is not noticed. Partitions and keys stay as they are, and with them
+the ids and names in them, times, sizes and versions.
+
+Stored: one byte 1, four bytes that tell the key (the beginning of its
+SHA-256), the nonce, the ciphertext with its tag. With random nonces one key is
+good for about 2**32 values (NIST SP 800-38D, 8.3): rotate it before that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Final
+
+from persistence.driver import Driver, Entry, Key, Op, Page, Put, Write
+from persistence.errors import ConfigurationError, CorruptRecordError
+from persistence.options import missing_client
+
+try:
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+except ImportError as error:
+    raise missing_client("encryption", "cryptography") from error
+
+__all__ = ["EncryptedDriver", "encrypted"]
+
+KEY_BYTES: Final = 32
+
+_MARK = b"\x01"
+_HEAD = 5
+_NONCE = 12
+
+
+class EncryptedDriver:
+    """The driver `driver`, its values encrypted.
+
+    `keys` are 32 random bytes each (``secrets.token_bytes(32)``): the first
+    encrypts, all decrypt. To rotate, put a new one in front; values are
+    encrypted anew as they are written.
+    """
+
+    def __init__(self, driver: Driver, *keys: bytes) -> None:
+        if not keys or not all(isinstance(key, bytes) and len(key) == KEY_BYTES for key in keys):
+            message = f"encrypted() needs one or more keys of {KEY_BYTES} bytes"
+            raise ConfigurationError(message)
+        self._driver = driver
+        self._ciphers = {_name(key): AESGCM(key) for key in keys}
+        self._head = _MARK + _name(keys[0])
+        self._cipher = self._ciphers[_name(keys[0])]
+        self.lanes: int = getattr(driver, "lanes", 1)
+
+    def __repr__(self) -> str:
+        return f"encrypted({self._driver!r})"
+
+    async def open(self) -> None:
+        await self._driver.open()
+
+    async def close(self) -> None:
+        await self._driver.close()
+
+    async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        entries = await self._driver.get(keys)
+        return [
+            None if entry is None else self._decrypted(key.partition, entry)
+            for key, entry in zip(keys, entries, strict=True)
+        ]
+
+    async def scan(
+        self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
+    ) -> Page:
+        page = await self._driver.scan(partition, start, end, limit=limit, reverse=reverse)
+        return Page([self._decrypted(partition, entry) for entry in page.entries], page.more)
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        return await self._driver.commit(
+            [
+                write._replace(ops=tuple(self._encrypted(write.partition, op) for op in write.ops))
+                for write in writes
+            ]
+        )
+
+    async def purge(self, partition: str, start: str, end: str | None) -> None:
+        await self._driver.purge(partition, start, end)
+
+    async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
+        return await self._driver.partitions(cursor, limit)
+
+    def _encrypted(self, partition: str, op: Op) -> Op:
+        if not isinstance(op, Put):
+            return op
+        nonce = os.urandom(_NONCE)
+        sealed = self._cipher.encrypt(nonce, op.value, _place(partition, op.key))
+        return op._replace(value=self._head + nonce + sealed)
+
+    def _decrypted(self, partition: str, entry: Entry) -> Entry:
+        value = entry.value
+        cipher = self._ciphers.get(value[1:_HEAD])
+        if cipher is None or not value.startswith(_MARK):
+            message = "not encrypted with any of the keys given"
+            raise CorruptRecordError(message, partition=partition, key=entry.key)
+        nonce, sealed = value[_HEAD : _HEAD + _NONCE], value[_HEAD + _NONCE :]
+        try:
+            return entry._replace(value=cipher.decrypt(nonce, sealed, _place(partition, entry.key)))
+        except (InvalidTag, ValueError) as error:
+            message = "the encrypted value was changed, or belongs elsewhere"
+            raise CorruptRecordError(message, partition=partition, key=entry.key) from error
+
+
+encrypted = EncryptedDriver
+
+
+def _name(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()[:4]
+
+
+def _place(partition: str, key: str) -> bytes:
+    return f"{partition} {key}".encode()  # neither holds a blank

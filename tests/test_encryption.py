@@ -1,0 +1,80 @@
+"""What leaves the process is encrypted, comes back, and cannot be exchanged."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+
+from persistence import (
+    ConfigurationError,
+    CorruptRecordError,
+    LLMProviderRecord,
+    create_persistence,
+    memory_driver,
+)
+from persistence.driver import Key, Put, Write
+from persistence.encryption import EncryptedDriver, encrypted
+from persistence.testing import DriverConformance, MakeDriver
+
+KEY, NEW_KEY = secrets.token_bytes(32), secrets.token_bytes(32)
+
+
+class TestEncryptedDriver(DriverConformance):
+    @pytest.fixture
+    def make_driver(self) -> MakeDriver:
+        driver = encrypted(memory_driver(), KEY)
+        return lambda: driver
+
+
+async def test_an_api_key_is_nowhere_in_the_store() -> None:
+    inner = memory_driver()
+    provider = LLMProviderRecord(
+        id="p", container_id="c", name="n", vendor="v", protocol="openai", api_key="sk-secret"
+    )
+    async with create_persistence(encrypted(inner, KEY)) as p:
+        await p.llm_providers.save_llm_provider(provider)
+        assert await p.llm_providers.find_llm_provider_by_id("p") == provider
+        names, _ = await inner.partitions(None, 100)
+        for name in names:
+            for entry in (await inner.scan(name, "", None, limit=100)).entries:
+                assert b"sk-secret" not in entry.value
+                assert b'"f":1' not in entry.value
+
+
+async def test_a_new_key_in_front_reads_what_the_old_one_wrote() -> None:
+    inner = memory_driver()
+    async with create_persistence(encrypted(inner, KEY)) as p:
+        await p.sessions.add_message("s", {"n": 1})
+    async with create_persistence(encrypted(inner, NEW_KEY, KEY)) as p:
+        await p.sessions.add_message("s", {"n": 2})
+        assert await p.sessions.get_messages("s") == [{"n": 1}, {"n": 2}]
+    async with create_persistence(encrypted(inner, NEW_KEY)) as p:
+        with pytest.raises(CorruptRecordError, match="any of the keys"):
+            await p.sessions.get_messages("s")
+
+
+@pytest.mark.parametrize("change", ["moved", "flipped", "cut", "clear"])
+async def test_a_changed_or_moved_value_is_corrupt(change: str) -> None:
+    inner = memory_driver()
+    driver = EncryptedDriver(inner, KEY)
+    await driver.commit([Write("p", (Put("a", b"1"), Put("b", b"2")), 5)])
+    (entry,) = await inner.get([Key("p", "a")])
+    assert entry is not None
+    value = {
+        "moved": entry.value,
+        "flipped": entry.value[:-1] + bytes([entry.value[-1] ^ 1]),
+        "cut": entry.value[:-1],
+        "clear": b"1",
+    }[change]
+    await inner.commit([Write("p", (Put("b", value),), 6)])
+    with pytest.raises(CorruptRecordError) as caught:
+        await driver.get([Key("p", "b")])
+    assert (caught.value.partition, caught.value.key) == ("p", "b")
+
+
+@pytest.mark.parametrize("keys", [(), (b"short",), ("x" * 32,), (KEY, b"")])
+def test_a_bad_key_is_refused_and_not_shown(keys: tuple[bytes, ...]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        encrypted(memory_driver(), *keys)
+    assert "short" not in str(caught.value)
