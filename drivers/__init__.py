@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from persistence.drivers.filesystem import filesystem_driver
     from persistence.drivers.memory import memory_driver
+    from persistence.drivers.mongodb import mongodb_driver
+    from persistence.drivers.mysql import mysql_driver
+    from persistence.drivers.postgresql import postgresql_driver
+    from persistence.drivers.redis import redis_driver
     from persistence.drivers.sqlite import sqlite_driver
 
-__all__ = ["filesystem_driver", "memory_driver", "sqlite_driver"]
+__all__ = [
+    "filesystem_driver",
+    "memory_driver",
+    "mongodb_driver",
+    "mysql_driver",
+    "postgresql_driver",
+    "redis_driver",
+    "sqlite_driver",
+]
 
 
 def __getattr__(name: str) -> Any:

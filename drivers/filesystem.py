@@ -60,13 +60,13 @@ except ImportError as error:
 __all__ = ["FilesystemDriver", "filesystem_driver", "from_url"]
 
 _BATCH = 64  # files locked at once
-_OPEN_FILES = 256 - _BATCH  # kept open between calls
+_OPEN_FILES = 256
 _INDEX_BYTES = 64 << 20  # all indexes together, unless one alone is larger
 _LOG_BYTES, _ENTRY_BYTES, _LINE_BYTES = 1500, 350, 65  # an index, one more key in it; a line around its value
 _COMPACT_BYTES = 128 << 10  # smaller files are not compacted
 _READ_BYTES = 1 << 20
 _PURGE_KEYS = 5_000
-_SYNC_THREADS = 8
+_SYNC_THREADS = 16
 _LOCK_SECONDS = 10.0
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk
 
@@ -191,7 +191,7 @@ class _Log:
             for number, line in enumerate(lines, 1):
                 try:
                     if self.end:
-                        self.apply(_parse(line, self.end))
+                        self.apply(_change(_checked(line, _decode_line), self.end))
                     else:
                         self.take_header(line)
                 except _BadLineError:
@@ -232,9 +232,8 @@ class _Log:
     def weight(self) -> int:
         return _LOG_BYTES + len(self.entries) * _ENTRY_BYTES + self.key_bytes
 
-    @property
-    def wasteful(self) -> bool:
-        return self.end > max(2 * self.live, self.floor)
+    def wastes_more_than(self, floor: int) -> bool:
+        return self.end > max(2 * self.live, floor)
 
 
 class FilesystemDriver:
@@ -313,7 +312,7 @@ class FilesystemDriver:
         except OSError as error:
             raise UnavailableError(f"{self!r}: {error}") from error
 
-    # Everything below blocks, and runs in the worker thread; with `now` it runs in the loop's and never blocks.
+    # Everything below blocks, so the worker runs it; with `now` it runs in the loop's thread and never does.
 
     def _prepare(self) -> None:
         if not self._create and not self._path.is_dir():
@@ -377,11 +376,12 @@ class FilesystemDriver:
                 raise BlockingIOError
             log.used = True
             return log
+        self._make_room()
         log = self._log(partition)
         if not log.is_current():
             if (log.fd < 0 or not os.fstat(log.fd).st_nlink) and not self._open_file(log):
                 return None
-            self._refresh(log)
+            self._refresh(log, os.fstat(log.fd).st_size)
             self._count(log)
         log.lock.acquire()
         return log
@@ -414,22 +414,24 @@ class FilesystemDriver:
                 self._forget(item.log)
         if len(failures) == len(writes) > 0:
             raise failures[0]
-        for error in failures:
-            _logger.warning("a write of %d in %r failed: %s", len(writes), self, error)
+        for failure in failures:
+            _logger.warning("%r: one write of %d failed: %s", self, len(writes), failure)
         return outcomes
 
     def _stage(self, number: int, write: Write, before_waiting: Callable[[], None]) -> _Staged | bool:
         """Write the line. The outcome is known at once where nothing changes; else the file stays locked."""
+        self._make_room()
         log = self._log(write.partition)
-        if not self._lock(log, before_waiting):
+        size = self._lock(log, before_waiting)
+        if size is None:
             if not all(_holds(op, {}) for op in write.ops):
                 return False
             if not any(isinstance(op, Put) for op in write.ops):
                 return True
-            self._lock(log, before_waiting, create=True)
+            size = self._lock(log, before_waiting, create=True) or 0
         done = False
         try:
-            self._refresh(log, repair=True)
+            self._refresh(log, size, repair=True)
             if not all(_holds(op, log.entries) for op in write.ops):
                 return False
             puts = [(op.key, op.value) for op in write.ops if isinstance(op, Put)]
@@ -442,7 +444,7 @@ class FilesystemDriver:
                 done = True
                 return _Staged(number, log, _Change([], deletes), 0)
             line = _line(write.version, puts, deletes)
-            change = _parse(line[:-1], log.end)
+            change = _change(_decode_line(line), log.end)
             log.writing = True
             self._append(log, line)
             done = True
@@ -469,9 +471,9 @@ class FilesystemDriver:
                 log.end += item.size
                 log.writing = False
             self._unlock(log)
-            if log.wasteful and self._worker is not None:
+            if log.wastes_more_than(log.floor) and self._worker is not None:
                 log.floor = 2 * log.end  # not again before it has doubled, should this fail
-                self._worker.submit(self._compact, log)
+                self._worker.submit(self._compact, log.partition)
 
     def _sync_all(self, staged: list[_Staged]) -> Iterable[OSError | None]:
         if not self._power:
@@ -481,7 +483,7 @@ class FilesystemDriver:
         return self._syncers.map(_sync, staged)
 
     def _give_up(self, item: _Staged) -> None:
-        """After a failed sync the line may be seen and yet be lost: put a file without it in this one's place.
+        """A line whose sync failed may be seen now and lost later: put a file without it in this one's place.
 
         Cutting it off will not do. A reader who has seen it would take the next line of its length for it.
         """
@@ -505,7 +507,7 @@ class FilesystemDriver:
 
     def _remove(self, partition: str) -> None:
         log = self._log(partition)
-        if not self._lock(log):
+        if self._lock(log) is None:
             return
         try:
             os.unlink(log.path)
@@ -534,15 +536,18 @@ class FilesystemDriver:
                         return found, f"{folder}/{name}"
         return found, None
 
-    def _compact(self, log: _Log) -> None:
+    def _compact(self, partition: str) -> None:
+        log = self._log(partition)
         try:
-            if not self._lock(log):
+            size = self._lock(log)
+            if size is None:
                 return
             try:
-                self._refresh(log, repair=True)
-                self._rewrite(log)
+                self._refresh(log, size, repair=True)
+                if log.wastes_more_than(_COMPACT_BYTES):  # no other process was faster
+                    self._rewrite(log)
             finally:
-                self._forget(log)
+                self._unlock(log)
         except (OSError, PersistenceError) as error:
             _logger.warning("%s was not compacted: %s", log.path, error)
 
@@ -552,6 +557,7 @@ class FilesystemDriver:
             os.unlink(log.path)
             _sync_folder(log.path.parent)
             return
+        log.writing = True
         aside = log.path.with_suffix(".new")  # nobody else's: it is written under the lock
         try:
             with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -563,10 +569,10 @@ class FilesystemDriver:
                 file.flush()
                 _sync_file(file.fileno())
             os.replace(aside, log.path)
-        except BaseException:
+            _sync_folder(log.path.parent)
+        finally:
+            log.writing = False
             aside.unlink(missing_ok=True)
-            raise
-        _sync_folder(log.path.parent)
 
     def _log(self, partition: str) -> _Log:
         log = self._logs.get(partition)
@@ -588,7 +594,6 @@ class FilesystemDriver:
             if self._power:
                 _sync_folder(self._folder)
             self._made.add(folder)
-        self._make_room()
         flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             fd = os.open(log.path, flags, 0o600)
@@ -607,8 +612,8 @@ class FilesystemDriver:
 
     def _lock(
         self, log: _Log, before_waiting: Callable[[], None] | None = None, *, create: bool = False
-    ) -> bool:
-        """Take the writers' lock of the file that the path names; False where there is none.
+    ) -> int | None:
+        """Take the writers' lock of the file that the path names, return its size; None where there is none.
 
         Nobody waits here while holding another lock, so nobody waits in a circle.
         """
@@ -626,19 +631,19 @@ class FilesystemDriver:
                     raise UnavailableError(message, partition=log.partition) from None
                 time.sleep(0.0005)
                 continue
-            if os.fstat(log.fd).st_nlink:
-                return True
+            status = os.fstat(log.fd)
+            if status.st_nlink:
+                return status.st_size
             log.close()
-        return False
+        return None
 
     def _unlock(self, log: _Log) -> None:
         if log.fd >= 0:
             fcntl.flock(log.fd, fcntl.LOCK_UN)
             self._count(log)
 
-    def _refresh(self, log: _Log, *, repair: bool = False) -> None:
+    def _refresh(self, log: _Log, size: int, *, repair: bool = False) -> None:
         """Read what was appended. `repair`, under the lock, makes the file end where its good lines end."""
-        size = os.fstat(log.fd).st_size
         if size != log.end:
             with log.lock:
                 try:
@@ -680,7 +685,7 @@ class FilesystemDriver:
 
     def _make_room(self) -> None:
         """Close files and forget indexes beyond the bounds: the oldest, but used ones get a second chance."""
-        while len(self._opened) > _OPEN_FILES:
+        while len(self._opened) >= _OPEN_FILES:
             log = self._opened.popleft()
             if log.writing or (log.used and log.fd >= 0):
                 log.used = False
@@ -731,7 +736,7 @@ def _folder_name(namespace: str) -> str:
 
 
 def _partition_of(path: Path) -> str | None:
-    """Return the partition that a file holds; None where it is gone, or its first line was never completed."""
+    """Return the partition of a file; None where that is gone, or its first Write was never completed."""
     try:
         with open(path, "rb") as file:
             header, first = file.readline(), file.readline()
@@ -789,33 +794,36 @@ def _is_plain_json(value: bytes) -> bool:
 
 
 def _parse_header(line: bytes, path: Path) -> _Header:
-    _check_sum(line)
-    header = _decode_header(line)
+    header = _checked(line, _decode_header)
     if header.format != 1:
         raise CorruptRecordError(f"{path} has format {header.format}, made by a later release")
     return header
 
 
-def _parse(line: bytes, offset: int) -> _Change:
-    """Read a line that begins at `offset`. Lines have one form only (`_line`), so places can be counted."""
-    _check_sum(line)
-    version, put, put64, delete = msgspec.structs.astuple(_decode_line(line))
+def _change(line: _Line, offset: int) -> _Change:
+    """Return what a line at `offset` does. Lines have one form only (`_line`), so places can be counted."""
+    version = line.version
     offset += len(b'{"sum":"12345678","version":%d' % version)
     puts: list[tuple[str, _Place]] = []
-    for name, values, coded in ((b"put", put, False), (b"put64", put64, True)):
+    for name, values, quotes in ((b"put", line.put, 0), (b"put64", line.put64, 1)):
         if values:
             offset += len(name) + len(b',"":{')
         for key, raw in values.items():
             offset += len(_encode(key)) + len(b":")
             length = len(memoryview(raw))
-            puts.append((key, _Place(version, offset + coded, length - 2 * coded, coded)))
+            place = _Place(version, offset + quotes, length - 2 * quotes, bool(quotes))
+            puts.append((key, place))
             offset += length + len(b",")  # or the bracket at the end
-    return _Change(puts, delete)
+    return _Change(puts, line.delete)
 
 
-def _check_sum(line: bytes) -> None:
+def _checked(line: bytes, decode: Callable[[bytes], _T]) -> _T:
     if line[:8] != b'{"sum":"' or line[8:16] != b"%08x" % zlib.crc32(line[16:]):
         raise _BadLineError
+    try:
+        return decode(line)
+    except msgspec.DecodeError as error:
+        raise _BadLineError from error
 
 
 def _sync(item: _Staged) -> OSError | None:

@@ -32,11 +32,18 @@ from persistence.records import (
 from persistence.repositories import Deleted, StoredMessage
 
 if TYPE_CHECKING:
-    from persistence.drivers import filesystem_driver, memory_driver, sqlite_driver
+    from persistence.drivers import (
+        filesystem_driver,
+        memory_driver,
+        mongodb_driver,
+        mysql_driver,
+        postgresql_driver,
+        redis_driver,
+        sqlite_driver,
+    )
 
 __version__ = "0.1.0"
 
-_DRIVERS = ("filesystem_driver", "memory_driver", "sqlite_driver")
 
 __all__ = [
     "ConfigurationError",
@@ -60,14 +67,18 @@ __all__ = [
     "create_persistence",
     "filesystem_driver",
     "memory_driver",
+    "mongodb_driver",
+    "mysql_driver",
     "new_id",
+    "postgresql_driver",
+    "redis_driver",
     "sqlite_driver",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # A driver's file, and with it its client library, is imported when it is asked for.
-    if name in _DRIVERS:
+    if name in __all__:
         from persistence import drivers
 
         return getattr(drivers, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Generator
@@ -101,7 +102,7 @@ class Persistence(Repository):
 class _Opening:
     """What `create_persistence` returns: await it, or enter it with ``async with``."""
 
-    def __init__(self, driver: Driver, clock: Clock) -> None:
+    def __init__(self, driver: Driver | str, clock: Clock) -> None:
         self._driver = driver
         self._clock = clock
         self._opened: Persistence | None = None
@@ -123,7 +124,11 @@ class _Opening:
             await self._opened.close()
 
     async def _open(self) -> Persistence:
-        persistence = Persistence(self._driver, clock=self._clock)
+        driver = self._driver
+        if isinstance(driver, str):
+            # In a thread: looking up an entry point reads the disk, and importing a client takes a while.
+            driver = await asyncio.to_thread(driver_from_url, driver)
+        persistence = Persistence(_checked(driver), clock=self._clock)
         await persistence._coalescer.open()
         return persistence
 
@@ -147,16 +152,7 @@ def create_persistence(driver: Driver | str | None = None, *, clock: Clock = now
                 "so everything is in memory and lost when this process ends"
             )
             driver = "memory://"
-    if isinstance(driver, str):
-        driver = driver_from_url(driver)
-    missing = [name for name in _METHODS if not callable(getattr(driver, name, None))]
-    if missing or isinstance(driver, type):
-        what = driver.__name__ if isinstance(driver, type) else type(driver).__name__
-        message = f"{what} is no driver: it has no {', '.join(missing)}()"
-        if isinstance(driver, type):
-            message = f"{what} is a class: create_persistence needs a driver object, {what}(…)"
-        raise ConfigurationError(message)
-    return _Opening(driver, clock)
+    return _Opening(driver if isinstance(driver, str) else _checked(driver), clock)
 
 
 def driver_from_url(url: str) -> Driver:
@@ -183,4 +179,17 @@ def driver_from_url(url: str) -> Driver:
     except (TypeError, ValueError) as error:
         message = f"{masked_url(url)!r} is no valid {scheme}:// URL: {error}"
         raise ConfigurationError(message) from error
+    return driver
+
+
+def _checked(driver: Driver) -> Driver:
+    if isinstance(driver, type):
+        message = (
+            f"{driver.__name__} is a class: give create_persistence a driver object, {driver.__name__}(…)"
+        )
+        raise ConfigurationError(message)
+    missing = [name for name in _METHODS if not callable(getattr(driver, name, None))]
+    if missing:
+        message = f"{type(driver).__name__} is no driver: it has no {', '.join(missing)}()"
+        raise ConfigurationError(message)
     return driver

@@ -438,15 +438,22 @@ def test_a_call_may_outlive_its_event_loop(path: Path) -> None:
 
 # ── Processes ──
 
-_FILES = 10
+_FILES = 25
 
 
 def _open_at_once(folder: Path, gate: Barrier, number: int) -> None:
+    class AtTheGate(SQLiteDriver):
+        def _prepare(self, db: sqlite3.Connection) -> None:
+            gate.wait(30)  # now all have the file open, and it is empty
+            super()._prepare(db)
+
     async def open_all() -> None:
         for n in range(_FILES):
-            gate.wait(30)
-            async with opened(folder / f"{n}.db") as driver:
-                assert await driver.commit([write(number + 1, f"p{number}", k=b"v")]) == [True]
+            driver = AtTheGate(folder / f"{n}.db")
+            await driver.open()
+            if await driver.commit([write(number + 1, f"p{number}", k=b"v")]) != [True]:
+                raise RuntimeError(number)
+            await driver.close()
 
     asyncio.run(open_all())
 
