@@ -1,0 +1,155 @@
+"""One engine made ready: our library on it, and the thinnest use of its client beside."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from uuid import uuid4
+
+from goals import goal
+from harness import Effort, NotMeasuredError, Row, Step, race
+from peers import Peer
+from thin import Thin
+
+from persistence import Persistence, create_persistence
+from persistence.coalescer import Coalescer
+from persistence.driver import Driver
+from persistence.options import Durability
+
+__all__ = ["Ground", "prepare"]
+
+T = TypeVar("T")
+With: TypeAlias = Callable[[T, int, int], Awaitable[object]]
+"""A `Step` that gets first what to do it with."""
+
+
+@dataclass
+class Ground:
+    """What a measure works on."""
+
+    engine: str  # as the table names it
+    p: Persistence
+    core: Coalescer  # on the same driver: the writes that no repository makes yet
+    held: Thin
+    pool: Thin  # of ten connections; for an embedded engine the same as `held`
+    peer: Peer | None
+    effort: Effort
+    rows: list[Row] = field(default_factory=list)
+
+    async def race(
+        self, measure: str, tasks: int, ours: Step, thin: With[Thin], peer: With[Peer] | None = None
+    ) -> None:
+        """Measure, and add a row for each other side."""
+        client = self.held if tasks == 1 else self.pool
+        sides: dict[str, Step] = {"ours": ours, "client": partial(thin, client)}
+        names = {"client": client.client}
+        if self.held is not self.pool:
+            names["client"] += ", 1 held" if tasks == 1 else ", pool of 10"
+        if peer is not None and self.peer is not None:
+            sides["peer"], names["peer"] = partial(peer, self.peer), self.peer.name
+        timings = await race(sides, tasks=tasks, effort=self.effort)
+        for kind, name in names.items():
+            self.add(Row(measure, self.engine, timings["ours"], name, timings[kind]), kind)
+
+    async def compare(self, measure: str, ours: Step, name: str, other: Step) -> None:
+        """Measure one use of ours against another."""
+        timings = await race({"ours": ours, "other": other}, tasks=1, effort=self.effort)
+        self.add(Row(measure, self.engine, timings["ours"], name, timings["other"]), "ours")
+
+    def add(self, row: Row, kind: str) -> None:
+        """Add a row, with its goal if there is one."""
+        row.goal = goal(row.measure, row.engine, kind)
+        self.rows.append(row)
+
+
+@asynccontextmanager
+async def prepare(
+    engine: str, durability: Durability, folder: Path, peer: Peer | None, effort: Effort
+) -> AsyncIterator[Ground]:
+    """Open everything on an empty store of `engine`."""
+    name = engine
+    driver: Driver
+    held: Thin
+    if engine == "memory":
+        from thin.memory import ThinMemory
+
+        from persistence.drivers.memory import MemoryDriver
+
+        driver, held = MemoryDriver(), ThinMemory()
+        pool = held
+    elif engine == "filesystem":
+        from thin.filesystem import ThinFiles
+
+        from persistence.drivers.filesystem import FilesystemDriver
+
+        name = f"filesystem {durability}"
+        driver = FilesystemDriver(folder / "ours", durability=durability)
+        pool = held = ThinFiles(folder / "thin", durability)
+    elif engine == "sqlite":
+        from thin.sqlite import ThinSQLite
+
+        from persistence.drivers.sqlite import SQLiteDriver
+
+        name = f"sqlite {durability}"
+        driver = SQLiteDriver(folder / "ours.db", durability=durability)
+        pool = held = ThinSQLite(folder / "thin.db", durability)
+        if peer is not None:
+            peer.use(folder / "peer.db")
+    else:
+        url = _server(engine)
+        driver = _driver(engine, url)
+        held, pool = _thin(engine, url, None), _thin(engine, url, 10)
+    async with AsyncExitStack() as stack:
+        p = await stack.enter_async_context(create_persistence(driver))
+        core = Coalescer(driver)
+        await core.open()
+        for thin in {held, pool}:
+            await thin.open()
+            stack.push_async_callback(thin.close)
+        yield Ground(name, p, core, held, pool, peer if engine == "sqlite" else None, effort)
+
+
+def _server(engine: str) -> str:
+    """Return the URL of a running server, which is started if need be."""
+    tests = str(Path(__file__).parent.parent / "tests")
+    if tests not in sys.path:
+        sys.path.append(tests)
+    servers: Any = import_module("servers")
+    try:
+        return str(servers.get(engine).url)
+    except servers.NotAvailable as error:
+        raise NotMeasuredError(error) from error
+
+
+def _driver(engine: str, url: str) -> Driver:
+    parts = urlsplit(url)
+    scheme = "redis+cluster" if engine == "redis_cluster" else parts.scheme
+    query = urlencode([*parse_qsl(parts.query), ("namespace", f"bench-{uuid4().hex}")])
+    module = import_module(f"persistence.drivers.{engine.removesuffix('_cluster')}")
+    driver: Driver = module.from_url(urlunsplit(parts._replace(scheme=scheme, query=query)))
+    return driver
+
+
+def _thin(engine: str, url: str, size: int | None) -> Thin:
+    if engine == "postgresql":
+        from thin.postgresql import ThinPostgreSQL
+
+        return ThinPostgreSQL(url, size)
+    if engine == "mysql":
+        from thin.mysql import ThinMySQL
+
+        return ThinMySQL(url, size)
+    if engine == "mongodb":
+        from thin.mongodb import ThinMongoDB
+
+        return ThinMongoDB(url, size)
+    from thin.redis import ThinRedis
+
+    return ThinRedis(url, size, cluster=engine == "redis_cluster")

@@ -1,0 +1,609 @@
+"""One table: ``p`` partition, ``k`` key, ``v`` value, ``ver`` version; primary key ``(p, k)``.
+
+Names are ``bytea``, which sorts as bytes in every locale; ``p`` is ``namespace/partition``. Values are
+``bytea`` too: jsonb holds neither NUL nor any bytes. `PostgreSQLDriver.view_ddl` shows all three legibly.
+
+Every call is one statement in autocommit, so one round trip (two with ``statement_cache_size=0``). The only
+transaction is that of a Write which deletes, beside other ops, a key that is not there: 5 round trips.
+What would surprise:
+
+* A `commit` first locks the rows it names, in the order of their keys, then decides write by write, then
+  changes rows, all in one statement and on one snapshot (`_COMMIT`). A row that somebody inserts meanwhile
+  is in the unique index, though not in the snapshot: a create that runs into one divides by zero, which
+  undoes the whole statement, and it is sent anew.
+* Connections are the driver's own, not a pool of asyncpg, which asks the server to reset the session after
+  each use: that doubled the time of a `get`.
+* All statements use plans made once a connection (``plan_cache_mode``), with the index whatever the
+  statistics say; planning took longer than the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+from urllib.parse import urlsplit
+
+from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
+from persistence.errors import (
+    ConfigurationError,
+    CorruptRecordError,
+    PersistenceError,
+    UnavailableError,
+)
+from persistence.options import (
+    Durability,
+    check_durability,
+    check_identifier,
+    check_namespace,
+    flag,
+    masked_url,
+    missing_client,
+    split_url,
+)
+
+try:
+    import asyncpg
+except ImportError as error:
+    raise missing_client("postgresql", "asyncpg") from error
+
+__all__ = ["PostgreSQLDriver", "from_url", "postgresql_driver"]
+
+_GET = """
+SELECT n, v, ver
+FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY AS wanted(p, k, n) JOIN {table} USING (p, k)
+"""
+
+# A value's length is known without reading it, so what lies past the page's end is neither read nor sent.
+_SCAN = """
+SELECT k, v, ver, more FROM (
+  SELECT k, v, ver, sum(octet_length(v)) OVER sofar AS total, lead(true) OVER sofar AS more
+  FROM (
+    SELECT k, v, ver FROM {table} WHERE p = $1 AND k >= $2 AND k < $3 ORDER BY k {order} LIMIT $4 + 1
+  ) AS range
+  WINDOW sofar AS (ORDER BY k {order} ROWS UNBOUNDED PRECEDING) LIMIT $4
+) AS page WHERE total <= {page_bytes} ORDER BY k {order}
+"""
+
+_CREATE = """
+INSERT INTO {table} (p, k, v, ver)
+SELECT p, k, v, ver FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::bigint[]) AS op(p, k, v, ver)
+ORDER BY p, k
+ON CONFLICT DO NOTHING RETURNING p
+"""
+
+# An op: the number of its write, its key, the new value, the version to expect (NULL any, 0 absent, -1 any
+# but present), the version it leaves behind (NULL the same, 0 absent). A write is refused while more of its
+# ops must find a row than do, or if one finds a row that must be absent.
+_COMMIT = """
+WITH op AS (
+  SELECT * FROM unnest($1::int[], $2::bytea[], $3::bytea[], $4::bytea[], $5::bigint[], $6::bigint[])
+    AS op(w, p, k, v, expect, ver)
+), held AS MATERIALIZED (
+  SELECT op.w, op.expect, t.ver FROM op JOIN {table} AS t USING (p, k) ORDER BY t.p, t.k FOR UPDATE OF t
+), refused AS MATERIALIZED (
+  SELECT w FROM (
+    SELECT w, 1 AS due FROM op WHERE expect <> 0
+    UNION ALL
+    SELECT w, CASE expect WHEN 0 THEN 1 ELSE -1 END FROM held WHERE expect IN (0, -1, ver)
+  ) AS condition GROUP BY w HAVING sum(due) > 0
+), gone AS (
+  DELETE FROM {table} AS t USING op
+  WHERE t.p = op.p AND t.k = op.k AND op.ver = 0 AND op.w NOT IN (SELECT w FROM refused)
+), due AS (
+  SELECT p, k, v, ver FROM op WHERE ver > 0 AND w NOT IN (SELECT w FROM refused)
+), stored AS (
+  INSERT INTO {table} AS t (p, k, v, ver) SELECT p, k, v, ver FROM due ORDER BY p, k
+  ON CONFLICT (p, k) DO UPDATE SET v = excluded.v, ver = excluded.ver
+    WHERE (excluded.p, excluded.k) NOT IN (SELECT p, k FROM op WHERE expect = 0)
+  RETURNING 1
+)
+SELECT ARRAY(SELECT w FROM refused)
+WHERE 1 / ((SELECT count(*) FROM stored) = (SELECT count(*) FROM due))::int = 1
+"""
+
+# Locks keys that may be absent: they are there afterwards, for this transaction.
+_HOLD = """
+INSERT INTO {table} AS t (p, k, v, ver)
+SELECT p, k, '', 1 FROM unnest($1::bytea[], $2::bytea[]) AS op(p, k) ORDER BY p, k
+ON CONFLICT (p, k) DO UPDATE SET ver = t.ver
+"""
+
+_PURGE = """
+WITH step AS MATERIALIZED (SELECT k FROM {table} WHERE p = $1 AND k >= $2 AND k < $3 ORDER BY k LIMIT $4),
+  gone AS (DELETE FROM {table} WHERE p = $1 AND k = ANY (ARRAY(SELECT k FROM step)))
+SELECT k FROM step ORDER BY k OFFSET $4 - 1
+"""
+
+# From one partition to the next by the index, however many entries lie between them.
+_PARTITIONS = """
+WITH RECURSIVE found(p, n) AS (
+  (SELECT p, 1 FROM {table} WHERE p > $1 AND p < $2 ORDER BY p LIMIT 1)
+  UNION ALL
+  SELECT (SELECT t.p FROM {table} AS t WHERE t.p > found.p AND t.p < $2 ORDER BY t.p LIMIT 1), n + 1
+  FROM found WHERE p IS NOT NULL AND n < $3
+)
+SELECT p FROM found WHERE p IS NOT NULL
+"""
+
+_TABLE = """\
+CREATE TABLE IF NOT EXISTS {table} (
+  p bytea NOT NULL,
+  k bytea NOT NULL,
+  v bytea NOT NULL,
+  ver bigint NOT NULL,
+  PRIMARY KEY (p, k)
+);
+"""
+
+# The function is there because no cast of SQL forgives: a value may be no UTF-8, no JSON, or hold \\u0000.
+_VIEW = """\
+CREATE OR REPLACE FUNCTION {function}(v bytea) RETURNS jsonb LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+BEGIN
+  RETURN convert_from(v, 'UTF8')::jsonb;
+EXCEPTION WHEN others THEN
+  RETURN NULL;
+END $$;
+CREATE OR REPLACE VIEW {view} AS
+SELECT split_part(name, '/', 1) AS namespace, substr(name, strpos(name, '/') + 1) AS partition,
+  convert_from(k, 'UTF8') AS key, {function}(v) AS value, octet_length(v) AS bytes, ver AS version
+FROM (SELECT convert_from(p, 'UTF8') AS name, k, v, ver FROM {table}) AS entry;
+"""
+
+_FOUND = """
+SELECT to_regnamespace($1) IS NOT NULL AS schema, to_regclass($2) IS NOT NULL AS table,
+  current_setting('synchronous_commit') AS synchronous_commit, current_setting('fsync') AS fsync,
+  current_setting('full_page_writes') AS full_page_writes, pg_is_in_recovery() AS standby,
+  pg_backend_pid() AS pid
+"""
+_SESSION = """
+SET statement_timeout = {milliseconds}; SET plan_cache_mode = force_generic_plan; SET jit = off;
+SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
+SELECT set_config('synchronous_commit', '{commit}', false)
+WHERE current_setting('synchronous_commit') = 'off' OR '{commit}' = 'off';
+"""
+_CREATING = 0x70657273  # any number, the same in all processes
+
+_PRESENT = -1
+_LAST_KEY = "\x7f"
+_PURGE_STEP = 250
+_TRIES = 8
+_GRACE = 1.0  # seconds after which the server should have ended a statement by itself
+_RETRIED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.DivisionByZeroError)
+_DOWN = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,  # shutdown, crash, statement_timeout
+    asyncpg.InsufficientResourcesError,
+    asyncpg.ObjectNotInPrerequisiteStateError,  # lock_timeout
+    asyncpg.ReadOnlySQLTransactionError,  # a primary that has become a standby
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    *_RETRIED,
+)
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "namespace": str,
+    "durability": str,
+    "create": flag,
+    "schema": str,
+    "table": str,
+    "pool_size": int,
+    "timeout": float,
+    "statement_cache_size": int,
+}
+_log = logging.getLogger("persistence")
+
+_T = TypeVar("_T")
+_Client: TypeAlias = "asyncpg.Connection | asyncpg.Pool"
+
+
+class _Pool:
+    """Connections that are opened when needed, thrown away when broken, and used as they come back.
+
+    It has what is used of ``asyncpg.Pool``. With `given` it lends that one connection, and makes none.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        connect: Callable[[], Awaitable[asyncpg.Connection]],
+        given: asyncpg.Connection | None,
+    ) -> None:
+        self._slots = asyncio.Semaphore(size)
+        self._connect = connect
+        self._idle = [] if given is None else [given]
+
+    async def acquire(self, *, timeout: float) -> asyncpg.Connection:
+        async with asyncio.timeout(timeout):
+            await self._slots.acquire()
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        try:
+            return await self._connect()
+        except BaseException:
+            self._slots.release()
+            raise
+
+    async def release(self, connection: asyncpg.Connection) -> None:
+        self._slots.release()
+        if not connection.is_closed():
+            self._idle.append(connection)
+
+    async def close(self) -> None:
+        goodbyes = (connection.close(timeout=_GRACE) for connection in self._idle)
+        await asyncio.gather(*goodbyes, return_exceptions=True)  # the server may be gone
+
+
+class PostgreSQLDriver:
+    """Keep everything in one table of a PostgreSQL database (12 or later).
+
+    `url` is ``postgresql://user:password@host:port/database``, with asyncpg's own options, such as
+    ``sslmode=verify-full`` or ``target_session_attrs=primary``, in its query; `host`, `port`, `user`,
+    `password` and `database` go before what it says, and the variables PGHOST, PGUSER, … fill the gaps.
+    Further options, such as ``ssl=…``, go to ``asyncpg.connect`` as they are.
+
+    `client` is used instead where given, and not closed: an ``asyncpg.Pool``, which costs the round trip of
+    its reset at each call, or an ``asyncpg.Connection``, one call at a time. Its sessions stay as they are.
+
+    `schema` and `table` name the table. `create` allows to create them where they are missing; with False, or
+    without the right, `open` tells the statements to run (`ddl`). `pool_size` is how many connections there
+    may be. `timeout` is how many seconds the server may work on a statement, waiting for locks included, and
+    how long to wait for a connection.
+
+    `durability` is asked for in each session. "power": ``synchronous_commit`` is on where the server's
+    setting is off, and a commit is answered when it is on the server's disk; `open` warns where ``fsync`` or
+    ``full_page_writes`` is off. "process": it is off, and a commit is safe from the end of this process, but
+    the last moment (up to three times ``wal_writer_delay``, 0.6 s) is lost when the server or its machine
+    fails. With a `client`, and with ``statement_cache_size=0``, sessions are not touched: `open` warns.
+
+    Behind PgBouncer, session pooling works as it is. Transaction pooling needs ``statement_cache_size=0``.
+    Statement pooling cannot work.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        host: str | None = None,
+        port: int | None = None,
+        user: str | None = None,
+        password: str | None = None,
+        database: str | None = None,
+        schema: str = "public",
+        table: str = "persistence",
+        namespace: str = "default",
+        durability: Durability = "power",
+        create: bool = True,
+        pool_size: int = 4,
+        timeout: float = 5.0,
+        statement_cache_size: int = 100,
+        client: _Client | None = None,
+        **client_options: Any,
+    ) -> None:
+        if pool_size < 1 or not 0.001 <= timeout <= 86_400:
+            message = (
+                f"pool_size={pool_size!r}, timeout={timeout!r}: use 1 or more, and 0.001 to 86400 seconds"
+            )
+            raise ConfigurationError(message)
+        if url is not None:
+            _check_url(url)
+        self._schema = check_identifier(schema, "schema")
+        self._table = check_identifier(table, "table")
+        self._first = f"{check_namespace(namespace)}/"
+        self._durability = check_durability(durability)
+        self._create = create
+        self._client = client
+        self._pool_size = 1 if isinstance(client, asyncpg.Connection) else pool_size
+        self._timeout = timeout
+        self._url = url
+        self._connect_options: dict[str, Any] = {
+            "dsn": url,
+            "host": host,
+            "port": port,
+            "user": user,
+            "password": password,
+            "database": database,
+            "timeout": timeout,
+            "statement_cache_size": statement_cache_size,
+            **client_options,
+        }
+        own = client is None and statement_cache_size > 0
+        commit = "on" if self._durability == "power" else "off"
+        self._session = _SESSION.format(milliseconds=int(timeout * 1000), commit=commit) if own else ""
+        self._pool: _Pool | asyncpg.Pool | None = None
+        self._opening = asyncio.Lock()
+        self.lanes = min(2, self._pool_size)
+
+        names = {
+            "table": f'"{schema}"."{table}"',
+            "view": f'"{schema}"."{table}_view"',
+            "function": f'"{schema}"."{table}_json"',
+        }
+        self._ddl = (f'CREATE SCHEMA IF NOT EXISTS "{schema}";\n', _TABLE.format(**names))
+        self._view = _VIEW.format(**names)
+        self._get = _GET.format(**names)
+        self._scan = _SCAN.format(**names, order="", page_bytes=PAGE_BYTES)
+        self._scan_back = _SCAN.format(**names, order="DESC", page_bytes=PAGE_BYTES)
+        self._insert = _CREATE.format(**names)
+        self._commit = _COMMIT.format(**names)
+        self._hold = _HOLD.format(**names)
+        self._purge = _PURGE.format(**names)
+        self._partitions = _PARTITIONS.format(**names)
+
+    def __repr__(self) -> str:
+        place = f"{masked_url(self._url)!r}, " if self._url else ""
+        return f"postgresql_driver({place}schema={self._schema!r}, table={self._table!r})"
+
+    def ddl(self) -> str:
+        """Return the statements that create what this driver needs."""
+        return self._ddl[1] if self._schema == "public" else "".join(self._ddl)
+
+    def view_ddl(self) -> str:
+        """Return the statements that create a view of the data, ``<table>_view``, with values as jsonb.
+
+        A value that is no JSON, or that jsonb cannot hold, is NULL there. This driver does not use the view.
+        """
+        return self._view
+
+    async def open(self) -> None:
+        async with self._opening:
+            if self._pool is not None:
+                return
+            if self._client is None or isinstance(self._client, asyncpg.Connection):
+                self._pool = _Pool(self._pool_size, self._connect, self._client)
+            else:
+                self._pool = self._client
+            try:
+                await self._prepare()
+            except BaseException:
+                await self.close()
+                raise
+
+    async def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None and self._client is None:
+            await pool.close()
+
+    async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        names = [self._name(key.partition) for key in keys]
+        found: list[Entry | None] = [None] * len(keys)
+        for n, value, version in await self._fetch(self._get, names, [key.key.encode() for key in keys]):
+            found[n - 1] = Entry(keys[n - 1].key, value, version)
+        return found
+
+    async def scan(
+        self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
+    ) -> Page:
+        bounds = start.encode(), (_LAST_KEY if end is None else end).encode()
+        statement = self._scan_back if reverse else self._scan
+        rows = await self._fetch(statement, self._name(partition), *bounds, limit)
+        entries = [Entry(key.decode(), value, version) for key, value, version, _ in rows]
+        return Page(entries, bool(rows and rows[-1]["more"]))
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        if not writes:
+            return []
+        names = [self._name(write.partition) for write in writes]
+        creates = [(op.key.encode(), op.value) for write in writes if (op := _lone_create(write)) is not None]
+        if len(creates) == len(writes):
+            versions = [write.version for write in writes]
+            columns = [[*column] for column in zip(*creates, strict=True)]
+            created = {row["p"] for row in await self._fetch(self._insert, names, *columns, versions)}
+            return [name in created for name in names]
+        columns = _columns(names, writes)
+        refused = set(await self._run(lambda connection: self._apply(connection, columns)))
+        outcomes: list[bool | None] = [number not in refused for number in range(len(writes))]
+        for number in refused:
+            if _PRESENT in _expected(writes[number]):
+                outcomes[number] = await self._apply_holding(names[number], writes[number])
+        return outcomes
+
+    async def purge(self, partition: str, start: str, end: str | None) -> None:
+        name, first, last = (
+            self._name(partition),
+            start.encode(),
+            (_LAST_KEY if end is None else end).encode(),
+        )
+        # Each step starts where the one before ended: what that deleted is still in the index for a while.
+        while rows := await self._fetch(self._purge, name, first, last, _PURGE_STEP):
+            first = rows[0]["k"]
+
+    async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
+        first, last = self._name(cursor or ""), f"{self._first[:-1]}0".encode()
+        rows = await self._fetch(self._partitions, first, last, limit)
+        found = [row["p"].decode()[len(self._first) :] for row in rows]
+        return found, found[-1] if len(found) == limit else None
+
+    def _name(self, partition: str) -> bytes:
+        return (self._first + partition).encode()
+
+    async def _apply(self, connection: Any, columns: Sequence[list[Any]]) -> list[int]:
+        refused: list[int] = await connection.fetchval(self._commit, *columns)
+        return refused
+
+    async def _apply_holding(self, name: bytes, write: Write) -> bool:
+        """Apply a Write that deletes keys which may be absent.
+
+        The other Writes lock every key they name: by its row, or by inserting it. A key that is absent and
+        shall stay so has neither, and two Writes that cross there would each be half done.
+        """
+        held = [op.key.encode() for op in write.ops if isinstance(op, Delete) and op.expect is None]
+
+        async def work(connection: Any) -> bool:
+            transaction = connection.transaction()
+            await transaction.start()
+            try:
+                await connection.execute(self._hold, [name] * len(held), held)
+                refused = await self._apply(connection, _columns([name], [write]))
+            except asyncpg.PostgresError:
+                await transaction.rollback()
+                raise
+            await (transaction.rollback() if refused else transaction.commit())
+            return not refused
+
+        return await self._run(work)
+
+    async def _fetch(self, statement: str, *arguments: Any) -> list[Any]:
+        return await self._run(lambda connection: connection.fetch(statement, *arguments))
+
+    async def _run(self, work: Callable[[Any], Awaitable[_T]]) -> _T:
+        """Do `work` on a connection, and again while the server reports that it undid it all."""
+        pool = self._pool
+        if pool is None:
+            raise ConfigurationError("the driver is not open")
+        tries = 0
+        while True:
+            try:
+                connection = await pool.acquire(timeout=self._timeout)
+                try:
+                    async with asyncio.timeout(self._timeout + _GRACE):
+                        return await work(connection)
+                except asyncpg.PostgresError:
+                    raise  # an answer of the server: the connection is in order
+                except BaseException:
+                    if connection is not self._client:
+                        connection.terminate()
+                    raise
+                finally:
+                    await pool.release(connection)
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+                tries += 1
+                if tries == _TRIES or not isinstance(error, _RETRIED):
+                    raise self._translated(error) from error
+            await asyncio.sleep(random.uniform(0, 0.002 * 2**tries))
+
+    async def _connect(self) -> asyncpg.Connection:
+        if isinstance(self._client, asyncpg.Connection):
+            raise UnavailableError("postgresql: the connection passed as client is closed")
+        try:
+            connection = await asyncpg.connect(**self._connect_options)
+        except (TypeError, ValueError) as error:
+            message = f"postgresql: {error}"
+            raise ConfigurationError(message) from error
+        try:
+            if self._session:
+                await connection.execute(self._session)
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
+
+    async def _prepare(self) -> None:
+        """Look at the server, warn of what it does not promise, and create the table if it is missing."""
+
+        async def look(connection: Any) -> Any:
+            return connection.get_server_pid(), await connection.fetchrow(
+                _FOUND, f'"{self._schema}"', f'"{self._schema}"."{self._table}"'
+            )
+
+        pid, found = await self._run(look)
+        if found["standby"]:
+            raise ConfigurationError(
+                "postgresql: this server is a standby and cannot write: connect to the primary,"
+                " for one of several hosts with target_session_attrs=primary"
+            )
+        if pid != found["pid"]:
+            await self._check_pooler()
+        if self._durability == "power":
+            for setting in ("fsync", "full_page_writes", "synchronous_commit"):
+                if found[setting] == "off":
+                    hint = (
+                        "ALTER ROLE … SET synchronous_commit = on" if setting[0] == "s" else f"{setting} = on"
+                    )
+                    _log.warning("postgresql: durability='power' needs %s on this server", hint)
+        if not found["table"]:
+            await self._create_table(found["schema"])
+        await self._fetch(self._get, [], [])  # the columns are there, and the right to read
+
+    async def _check_pooler(self) -> None:
+        async def transaction(connection: Any) -> None:
+            async with connection.transaction():
+                await connection.fetchval("SELECT 1")
+
+        try:
+            await self._run(transaction)
+        except PersistenceError as error:
+            raise ConfigurationError(
+                "postgresql: the pooler in between refuses transactions: let it pool sessions or transactions"
+            ) from error
+        if self._session:
+            _log.warning(
+                "postgresql: a pooler is in between: unless it pools sessions, use statement_cache_size=0"
+            )
+
+    async def _create_table(self, schema_exists: bool) -> None:
+        if not self._create:
+            missing = f"there is no table {self._schema}.{self._table}, and create=False"
+            message = f"postgresql: {missing}; somebody must run:\n{self.ddl()}"
+            raise ConfigurationError(message)
+        # IF NOT EXISTS fails when two do it at once, and CREATE SCHEMA wants a right even if there is one.
+        schema = "" if schema_exists else self._ddl[0]
+        statements = f"SELECT pg_advisory_xact_lock({_CREATING});\n{schema}{self._ddl[1]}"
+        try:
+            await self._run(lambda connection: connection.execute(statements))
+        except PersistenceError as error:
+            if not isinstance(error.__cause__, asyncpg.InsufficientPrivilegeError):
+                raise
+            message = f"{error}; somebody who has the right must run:\n{self.ddl()}"
+            raise ConfigurationError(message) from error.__cause__
+
+    def _translated(self, error: Exception) -> PersistenceError:
+        # The text alone: a server's error also has a detail, which may show what is stored.
+        said = error.args[0] if isinstance(error, asyncpg.PostgresError) else error
+        text = f"postgresql: {str(said) or 'no answer in time'}"
+        if isinstance(error, (asyncpg.DataCorruptedError, asyncpg.IndexCorruptedError)):
+            return CorruptRecordError(text)
+        if isinstance(error, (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)):
+            return ConfigurationError(f"{text}: behind a transaction pooler use statement_cache_size=0")
+        if isinstance(error, _DOWN) or not isinstance(error, asyncpg.PostgresError):
+            return UnavailableError(text)
+        return ConfigurationError(text)
+
+
+postgresql_driver = PostgreSQLDriver
+
+
+def from_url(url: str) -> PostgreSQLDriver:
+    """Return the driver of ``postgresql://user:password@host/database?table=…&namespace=…``."""
+    _check_url(url)
+    split = split_url(url, _OPTIONS, others=True)
+    return PostgreSQLDriver(split.url, **split.options)
+
+
+def _check_url(url: str) -> None:
+    """Refuse an URL that would be taken apart in the middle of its password, and shown."""
+    parts = urlsplit(url)
+    hosts = parts.netloc.rpartition("@")[2].split(",")
+    ports = [host.rpartition("]")[2].partition(":")[2] for host in hosts]
+    if "@" in parts.path + parts.query + parts.fragment or not all(port.isdigit() for port in ports if port):
+        raise ConfigurationError(
+            "postgresql: this is no URL; percent-encode / ? # @ : % in user and password"
+        )
+
+
+def _lone_create(write: Write) -> Put | None:
+    if len(write.ops) != 1:
+        return None
+    op = write.ops[0]
+    return op if isinstance(op, Put) and op.expect == ABSENT else None
+
+
+def _expected(write: Write) -> list[int | None]:
+    """Return what `_COMMIT` shall expect of each op: of a Delete among others that the key can be locked."""
+    return [
+        _PRESENT if isinstance(op, Delete) and op.expect is None and len(write.ops) > 1 else op.expect
+        for op in write.ops
+    ]
+
+
+def _columns(names: Sequence[bytes], writes: Sequence[Write]) -> list[list[Any]]:
+    """Return the parameters of `_COMMIT`."""
+    rows: list[tuple[Any, ...]] = []
+    for number, (name, write) in enumerate(zip(names, writes, strict=True)):
+        for op, expect in zip(write.ops, _expected(write), strict=True):
+            value = op.value if isinstance(op, Put) else None
+            left = write.version if isinstance(op, Put) else ABSENT if isinstance(op, Delete) else None
+            rows.append((number, name, op.key.encode(), value, expect, left))
+    return [[*column] for column in zip(*rows, strict=True)]
