@@ -82,8 +82,8 @@ async def prepare(
 
         from persistence.drivers.memory import MemoryDriver
 
-        driver, held = MemoryDriver(), ThinMemory()
-        pool = held
+        driver = MemoryDriver()
+        pool = held = ThinMemory()
     elif engine == "filesystem":
         from thin.filesystem import ThinFiles
 

@@ -117,9 +117,13 @@ def split_url(url: str, known: Mapping[str, Callable[[str], Any]], *, others: bo
 
 
 def masked_url(url: str) -> str:
-    """Return `url` fit for a log: no password, no query."""
-    head = url.partition("?")[0].partition("#")[0]
-    return re.sub(r"(?<=://)([^/@:]*):(?:[^/]*)@", r"\1:***@", head)
+    """Return `url` fit for a log: no password, not even one that should have been percent-encoded; no query."""
+    scheme, colon, rest = url.partition("://")
+    if not rest.startswith("/") and "@" in rest:
+        account, _, rest = rest.rpartition("@")
+        user, secret, _ = account.partition(":")
+        rest = f"{user}:***@{rest}" if secret else f"{user}@{rest}"
+    return scheme + colon + re.split("[?#]", rest, maxsplit=1)[0]
 
 
 def _kind(convert: Callable[[str], Any]) -> str:

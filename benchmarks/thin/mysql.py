@@ -73,10 +73,11 @@ class ThinMySQL:
         rows = " UNION ALL ".join(
             f"SELECT '{session}' AS s, {n} AS n, x'{v.hex()}' AS v" for n, v in enumerate(values, 1)
         )
-        held = f"SELECT COUNT(*) FROM thin WHERE s = '{session}' AND n <= {len(values)} AND ver = {old} FOR UPDATE"
+        those = f"s = '{session}' AND n <= {len(values)} AND ver = {old}"
         affected, _ = await self._run(
             f"INSERT INTO thin (s, n, v, ver) SELECT s, n, v, {new} FROM ({rows}) AS w"
-            f" WHERE ({held}) = {len(values)} ON DUPLICATE KEY UPDATE v = w.v, ver = {new}"
+            f" WHERE (SELECT COUNT(*) FROM thin WHERE {those} FOR UPDATE) = {len(values)}"
+            f" ON DUPLICATE KEY UPDATE v = w.v, ver = {new}"
         )
         if affected != 2 * len(values):  # the server counts an update as two
             raise RuntimeError(affected)

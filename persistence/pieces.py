@@ -1,0 +1,550 @@
+"""States cut into pieces that can be stored once and used by many checkpoints.
+
+A state is cut at its structure: a list into runs of its items, a dict into
+runs of its members, a long text or bytes into slices. Small neighbours share a
+piece; what is larger than a piece should be is cut again. Where the cuts lie
+depends on what stands before them and on nothing after, so a state that grows
+at its end has the pieces it had before and a few new ones.
+
+What remains is the *skeleton*, a JSON array that says how to put the pieces
+together again. It names them by number, a run of them by its first and last:
+
+====================  ==========================================================
+``["v", value]``      the value itself, of a state too small to be cut
+``["l", part, …]``    a list; likewise ``t`` a tuple, ``s`` a set, ``d`` a dict,
+                      ``m`` a dict with keys that are no text (its items are pairs),
+                      ``x`` a text, ``b`` bytes
+====================  ==========================================================
+
+and a part is
+
+====================  ==========================================================
+``7``                 a piece: a few items as a list, a few members as a dict,
+                      a slice of a text or of bytes
+``[1, 1000]``         a run of pieces
+``{"i": [1, 2]}``     the same as a piece holds, right here: too little for a piece
+``{"n": […]}``        one item that is a skeleton of its own; of a dict with its key ``k``
+====================  ==========================================================
+
+``V`` and ``I`` in place of ``v`` and ``i``: the value holds tags (`persistence.codec`).
+A piece is stored as any value is (`persistence.store`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from math import isfinite
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from msgspec import Raw
+
+from persistence import codec
+from persistence.driver import MAX_VALUE_BYTES
+from persistence.errors import InvalidValueError
+from persistence.store import MAX_BYTES
+
+__all__ = [
+    "Cut",
+    "Node",
+    "Span",
+    "assemble",
+    "count",
+    "covered",
+    "cut",
+    "digest",
+    "runs",
+    "spans_of",
+    "subtract",
+    "union",
+]
+
+Span = tuple[int, int]
+"""First and last of a run of numbers."""
+
+
+class _Grain(NamedTuple):
+    """How finely a state is cut, by its size: a number of pieces that can be handled either way."""
+
+    state: int  # bytes of JSON up to which this holds
+    group: int  # a piece is full at about this many
+    leaf: int  # an item or member of more is cut itself
+    slice: int  # characters of a text, bytes of bytes
+
+
+_GRAINS: Final = (
+    _Grain(4 << 20, 256, 8 << 10, 4 << 10),
+    _Grain(MAX_BYTES, 16 << 10, 128 << 10, 128 << 10),
+)
+
+_INLINE = 512  # of what is too little for a piece, this much stays in the skeleton
+_UPPER_LEVELS = 4  # dicts within dicts, this deep, are cut however small: they hold the lists that grow
+_UPPER_MEMBERS = 32  # unless they have many members, as records do that are kept by id
+_INT64 = 1 << 63
+_FORMAT = b'{"f":1,"v":%b}'
+_FORMAT_TAGGED = b'{"f":1,"t":true,"v":%b}'
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Node:
+    """A container that is cut: its kind, and its parts in order.
+
+    A part is the index of a piece, a text that stays in the skeleton, or a
+    node (of a dict, with its key).
+    """
+
+    __slots__ = ("kind", "parts")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.parts: list[int | Raw | tuple[Any, Node]] = []
+
+    def pieces(self) -> list[int]:
+        """Return the indexes of its own pieces, in order."""
+        return [part for part in self.parts if type(part) is int]
+
+    def nodes(self) -> Iterator[Node]:
+        """Yield this node and all below it, in order."""
+        yield self
+        for part in self.parts:
+            if type(part) is tuple:
+                yield from part[1].nodes()
+
+
+class Cut(NamedTuple):
+    """A state in pieces: the stored form of each, and its digest; the bytes of the whole as JSON."""
+
+    root: Node
+    texts: list[bytes]
+    digests: list[bytes]
+    size: int
+
+    def skeleton(self, numbers: Sequence[int]) -> bytes:
+        """Return the skeleton, with the numbers that the pieces got."""
+        return _encode(_drawn(self.root, numbers))
+
+
+def digest(text: bytes) -> bytes:
+    """Return what tells the stored form of a piece from every other."""
+    return blake2b(text, digest_size=16).digest()
+
+
+def cut(state: Any) -> Cut:
+    """Cut a state. Raises `InvalidValueError` for what cannot be stored exactly, or is too large.
+
+    It does not wait for anything, so the state cannot change meanwhile.
+    """
+    for grain in _GRAINS:
+        cutter = _Cutter(grain)
+        try:
+            return cutter.cut(state)
+        except _TooLargeError:
+            continue
+        except InvalidValueError:
+            codec.encode(state)  # names the place within the whole
+            raise
+        except RecursionError as error:
+            message = "the value is nested too deeply, or holds itself"
+            raise InvalidValueError(message) from error
+    message = f"the state has more than {MAX_BYTES:,} bytes as JSON, which is the limit"
+    raise InvalidValueError(message)
+
+
+class _TooLargeError(Exception):
+    """The state is too large for this grain."""
+
+
+class _Cutter:
+    """Cuts one state. Every value in it is looked at once and encoded once."""
+
+    def __init__(self, grain: _Grain) -> None:
+        self.grain = grain
+        self.texts: list[bytes] = []
+        self.digests: list[bytes] = []
+        self.inline = _INLINE
+        self.size = 0
+        self.exotic = False  # something since it was reset is not plain JSON
+
+    def cut(self, state: Any) -> Cut:
+        found = self._visit(state, self.grain.group, _UPPER_LEVELS)
+        if not isinstance(found, Node):
+            text, tagged = self._encoded(state, self.exotic)
+            root = Node("V" if tagged else "v")
+            root.parts.append(Raw(text))
+            return Cut(root, [], [], len(text))
+        return Cut(found, self.texts, self.digests, self.size)
+
+    # ---- looking: returns about how many bytes a value has, or the node that it was cut into
+
+    def _visit(self, value: Any, limit: int, levels: int) -> int | Node:
+        kind = type(value)
+        if kind is str:
+            return len(value) + 2 if len(value) <= self.grain.leaf else self._sliced("x", value)
+        if kind is dict:
+            return self._members(value, limit, levels)
+        if kind is list:
+            return self._items("l", value, value, limit)
+        if value is None or kind is bool:
+            return 4
+        if kind is int:
+            if not -_INT64 <= value < 2 * _INT64:
+                self.exotic = True
+                return value.bit_length() // 4
+            return 8
+        if kind is float:
+            if not isfinite(value):
+                self.exotic = True
+            return 12
+        return self._exotic(value, limit, levels)
+
+    def _exotic(self, value: Any, limit: int, levels: int) -> int | Node:
+        found = self._visit_exotic(value, limit, levels)
+        self.exotic = not isinstance(found, Node)
+        return found
+
+    def _visit_exotic(self, value: Any, limit: int, levels: int) -> int | Node:
+        # Subclasses too: the codec gives them back as the type itself.
+        match value:
+            case str():
+                return len(value) + 2 if len(value) <= self.grain.leaf else self._sliced("x", str(value))
+            case bytes():
+                return len(value) * 4 // 3 if len(value) <= self.grain.leaf else self._sliced("b", value)
+            case dict():
+                return self._members(value, limit, levels)
+            case list():
+                return self._items("l", value, list(value), limit)
+            case tuple():
+                return self._items("t", value, list(value), limit)
+            case set():
+                return self._items("s", value, list(value), limit)
+        return 64
+
+    def _members(self, value: dict[Any, Any], limit: int, levels: int) -> int | Node:
+        leaf = self.grain.leaf
+        below = 2 * self.grain.group if levels > 0 and len(value) <= _UPPER_MEMBERS else leaf
+        exotic = self.exotic
+        total = 2
+        sizes: list[int | Node] = []
+        exotics: list[bool] = []
+        cut = False
+        for key, item in value.items():
+            if type(key) is not str:
+                if not isinstance(key, str) or len(key) > leaf:
+                    self.exotic = exotic
+                    return self._pairs(value, limit)
+                self.exotic = True
+            elif len(key) > leaf:
+                self.exotic = exotic
+                return self._pairs(value, limit)
+            else:
+                self.exotic = False
+            if type(item) is str and len(item) <= leaf:
+                size: int | Node = len(item) + 2
+            else:
+                size = self._visit(item, below, levels - 1)
+            sizes.append(size)
+            exotics.append(self.exotic)
+            if type(size) is int:
+                total += size + len(key) + 4
+            else:
+                cut = True
+        if not cut and total <= limit:
+            self.exotic = exotic or True in exotics
+            return total
+        self.exotic = exotic
+        return self._cut_members(value, sizes, exotics)
+
+    def _pairs(self, value: dict[Any, Any], limit: int) -> int | Node:
+        pairs = [list(pair) for pair in value.items()]
+        found = self._items("m", value, pairs, limit)
+        if not isinstance(found, Node):
+            self.exotic = True
+        return found
+
+    def _items(self, kind: str, value: Any, items: list[Any], limit: int) -> int | Node:
+        leaf = self.grain.leaf
+        exotic = self.exotic
+        total = 2
+        sizes: list[int | Node] = []
+        exotics: list[bool] = []
+        cut = False
+        for item in items:
+            self.exotic = False
+            size = self._visit(item, leaf, 0)
+            sizes.append(size)
+            exotics.append(self.exotic)
+            if type(size) is int:
+                total += size + 1
+            else:
+                cut = True
+        if not cut and total <= limit:
+            self.exotic = exotic or True in exotics
+            return total
+        self.exotic = exotic
+        return self._cut_items(kind, items, sizes, exotics)
+
+    # ---- cutting
+
+    def _cut_items(
+        self, kind: str, items: list[Any], sizes: list[int | Node], exotics: list[bool]
+    ) -> Node:
+        node = Node(kind)
+        full = self.grain.group
+        self._add(2)
+        first = weight = 0
+        exotic = False
+        for at, size in enumerate(sizes):
+            if type(size) is int:
+                weight += size + 1
+                if exotics[at]:
+                    exotic = True
+                if weight < full:
+                    continue
+                last = at + 1
+            else:
+                last = at
+            if first < last:
+                self._store(node, items[first:last], weight, exotic)
+            if last == at:
+                self._add(1)
+                node.parts.append((None, sizes[at]))  # type: ignore[arg-type]  # a Node
+            first, weight, exotic = at + 1, 0, False
+        if first < len(items):
+            self._store(node, items[first:], weight, exotic)
+        return node
+
+    def _cut_members(
+        self, value: dict[Any, Any], sizes: list[int | Node], exotics: list[bool]
+    ) -> Node:
+        node = Node("d")
+        full = self.grain.group
+        self._add(2)
+        batch: dict[Any, Any] = {}
+        weight = 0
+        exotic = False
+        for (key, item), size, exotic_item in zip(value.items(), sizes, exotics, strict=True):
+            if isinstance(size, Node):
+                if batch:
+                    self._store(node, batch, weight, exotic)
+                    batch, weight, exotic = {}, 0, False
+                # Encoded for the sake of the check: half a surrogate pair.
+                self._add(len(self._encoded(str(key), exotic_item)[0]) + 2)
+                node.parts.append((str(key), size))
+                continue
+            batch[key] = item
+            weight += size + len(key) + 4
+            exotic = exotic or exotic_item
+            if weight >= full:
+                self._store(node, batch, weight, exotic)
+                batch, weight, exotic = {}, 0, False
+        if batch:
+            self._store(node, batch, weight, exotic)
+        return node
+
+    def _sliced(self, kind: str, value: str | bytes) -> Node:
+        node = Node(kind)
+        self._add(2)
+        step = self.grain.slice
+        for at in range(0, len(value), step):
+            self._store(node, value[at : at + step], step, kind == "b")
+        return node
+
+    def _store(self, node: Node, batch: Any, weight: int, exotic: bool) -> None:
+        """Make a piece of `batch`, or leave it in the skeleton."""
+        text, tagged = self._encoded(batch, exotic)
+        self._add(len(text) - 1)  # without its brackets, with a comma
+        if weight < self.grain.group and len(text) <= self.inline:
+            self.inline -= len(text)
+            node.parts.append(Raw(b'{"%b":%b}' % (b"I" if tagged else b"i", text)))
+            return
+        text = (_FORMAT_TAGGED if tagged else _FORMAT) % text
+        if len(text) > MAX_VALUE_BYTES:
+            message = f"a single value has {len(text):,} bytes and cannot be cut"
+            raise InvalidValueError(message)
+        node.parts.append(len(self.texts))
+        self.texts.append(text)
+        self.digests.append(digest(text))
+
+    def _encoded(self, batch: Any, exotic: bool) -> tuple[bytes, bool]:
+        if not exotic:
+            # All of exactly the types that JSON has: nothing can be lost, so nothing is compared.
+            try:
+                return _encode(batch), False
+            except (TypeError, ValueError, OverflowError, msgspec.MsgspecError):
+                pass  # the codec names the place
+        return codec.encode(batch)
+
+    def _add(self, size: int) -> None:
+        self.size += size
+        if self.size > self.grain.state:
+            raise _TooLargeError
+
+
+def _drawn(node: Node, numbers: Sequence[int]) -> list[Any]:
+    drawn: list[Any] = [node.kind]
+    run: list[int] = []  # of numbers that follow each other
+    for part in node.parts:
+        if type(part) is int:
+            number = numbers[part]
+            if run and number == run[-1] + 1:
+                run[1:] = [number]
+                continue
+            _close(drawn, run)
+            run = [number]
+            continue
+        _close(drawn, run)
+        run = []
+        if isinstance(part, Raw):
+            drawn.append(part)
+        else:
+            key, child = part  # type: ignore[misc]
+            below = _drawn(child, numbers)
+            drawn.append({"n": below} if key is None else {"k": key, "n": below})
+    _close(drawn, run)
+    return drawn
+
+
+def _close(drawn: list[Any], run: list[int]) -> None:
+    if run:
+        drawn.append(run[0] if len(run) == 1 else run)
+
+
+# ---- putting together
+
+
+def spans_of(skeleton: Sequence[Any]) -> list[Span]:
+    """Return the numbers of all pieces that a skeleton names: sorted, apart from each other."""
+    found: list[Span] = []
+    _collect(skeleton, found)
+    return union(found)
+
+
+def _collect(skeleton: Sequence[Any], found: list[Span]) -> None:
+    for part in skeleton[1:] if skeleton[0] not in ("v", "V") else ():
+        if type(part) is int:
+            found.append((part, part))
+        elif type(part) is list:
+            found.append((part[0], part[1]))
+        elif "n" in part:
+            _collect(part["n"], found)
+
+
+def assemble(skeleton: Sequence[Any], values: Mapping[int, Any]) -> Any:
+    """Return the state of a skeleton. Raises KeyError for a piece that is not among `values`.
+
+    What the pieces hold becomes part of the state.
+    """
+    return _Assembler(values).value(skeleton)
+
+
+class _Assembler:
+    def __init__(self, values: Mapping[int, Any]) -> None:
+        self.values = values
+        self.used: set[int] = set()
+
+    def value(self, skeleton: Sequence[Any]) -> Any:
+        kind = skeleton[0]
+        if kind in ("v", "V"):
+            return skeleton[1] if kind == "v" else _untagged(skeleton[1])
+        if kind == "d":
+            members: dict[Any, Any] = {}
+            self._fill(skeleton, members.update, lambda part, value: members.update({part["k"]: value}))
+            return members
+        if kind in ("x", "b"):
+            slices: list[Any] = []
+            self._fill(skeleton, slices.append, _no_node)
+            return "".join(slices) if kind == "x" else b"".join(slices)
+        items: list[Any] = []
+        self._fill(skeleton, items.extend, lambda _, value: items.append(value))
+        return _CONTAINERS[kind](items)
+
+    def _fill(
+        self, skeleton: Sequence[Any], add: Callable[[Any], object], add_node: Callable[[Any, Any], object]
+    ) -> None:
+        for part in skeleton[1:]:
+            if type(part) is int:
+                add(self._piece(part))
+            elif type(part) is list:
+                for number in range(part[0], part[1] + 1):
+                    add(self._piece(number))
+            elif "n" in part:
+                add_node(part, self.value(part["n"]))
+            else:
+                add(part["i"] if "i" in part else _untagged(part["I"]))
+
+    def _piece(self, number: int) -> Any:
+        if number in self.used:  # equal parts of a state are one piece, but not one object
+            return copy.deepcopy(self.values[number])
+        self.used.add(number)
+        return self.values[number]
+
+
+def _list(items: list[Any]) -> list[Any]:
+    return items
+
+
+_CONTAINERS: Final[dict[str, Callable[[list[Any]], Any]]] = {"l": _list, "t": tuple, "s": set, "m": dict}
+
+
+def _no_node(part: Any, value: Any) -> None:
+    message = "a slice is no container"
+    raise ValueError(message)
+
+
+def _untagged(value: Any) -> Any:
+    return codec.decode(_encode(value), True)
+
+
+# ---- runs of numbers
+
+
+def runs(numbers: Iterable[int]) -> list[Span]:
+    """Return numbers as runs, sorted."""
+    return union((number, number) for number in numbers)
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """Return the numbers that are in any of `spans`, as runs that are sorted and apart."""
+    joined: list[Span] = []
+    for first, last in sorted(spans):
+        if joined and first <= joined[-1][1] + 1:
+            if last > joined[-1][1]:
+                joined[-1] = (joined[-1][0], last)
+        else:
+            joined.append((first, last))
+    return joined
+
+
+def subtract(spans: Sequence[Span], others: Iterable[Span]) -> list[Span]:
+    """Return the numbers that are in `spans` (sorted and apart) and in none of `others`."""
+    if not spans:
+        return []
+    low, high = spans[0][0], spans[-1][1]
+    taken = union(other for other in others if other[0] <= high and other[1] >= low)
+    left: list[Span] = []
+    at = 0
+    for first, last in spans:
+        while at < len(taken) and taken[at][1] < first:
+            at += 1
+        index = at
+        while index < len(taken) and taken[index][0] <= last:
+            if taken[index][0] > first:
+                left.append((first, taken[index][0] - 1))
+            first = taken[index][1] + 1
+            index += 1
+        if first <= last:
+            left.append((first, last))
+    return left
+
+
+def count(spans: Iterable[Span]) -> int:
+    """Return how many numbers there are in `spans`."""
+    return sum(last - first + 1 for first, last in spans)
+
+
+def covered(number: int, spans: Sequence[Span]) -> bool:
+    """Tell whether `number` is in `spans`."""
+    return any(first <= number <= last for first, last in spans)

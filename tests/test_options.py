@@ -1,0 +1,68 @@
+"""What the constructors of drivers have in common."""
+
+from __future__ import annotations
+
+import pytest
+
+from persistence import ConfigurationError
+from persistence.options import (
+    check_durability,
+    check_identifier,
+    check_namespace,
+    flag,
+    masked_url,
+    missing_client,
+    split_url,
+)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:s3cret@h:1/0", "redis://:***@h:1/0"),
+        ("mysql://u:s3cret@h/d?ssl=s3cret", "mysql://u:***@h/d"),
+        ("mysql://u:s3/c@r:e?t#s3@h/d", "mysql://u:***@h/d"),
+        ("redis://:s3#cret@h", "redis://:***@h"),
+        ("postgresql://u@h/d", "postgresql://u@h/d"),
+        ("sqlite:///a@b:c.db?namespace=x", "sqlite:///a@b:c.db"),
+        ("no url", "no url"),
+    ],
+)
+def test_a_url_is_shown_without_what_is_secret(url: str, shown: str) -> None:
+    assert masked_url(url) == shown
+    assert "s3" not in masked_url(url)
+
+
+def test_options_are_taken_out_of_a_url_and_the_rest_is_left() -> None:
+    split = split_url(
+        "x://u:p@h/d%20e?create=no&size=3&ssl=on&t=1.5",
+        {"create": flag, "size": int, "t": float},
+        others=True,
+    )
+    assert split.options == {"create": False, "size": 3, "t": 1.5}
+    assert split.url == "x://u:p@h/d%20e?ssl=on"
+    assert split.path == "d e"
+    for query in ("size=x", "size=1&size=2", "create=maybe", "other=1"):
+        with pytest.raises(ConfigurationError, match=query.partition("=")[0]):
+            split_url(f"x://h?{query}", {"create": flag, "size": int})
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "x" * 64, "a/b", "é", 5])
+def test_a_bad_namespace_is_refused(bad: str) -> None:
+    with pytest.raises(ConfigurationError, match="namespace"):
+        check_namespace(bad)
+
+
+@pytest.mark.parametrize("bad", ["", "1a", "a-b", 'a"b', "x" * 64])
+def test_a_bad_identifier_is_refused(bad: str) -> None:
+    with pytest.raises(ConfigurationError, match="table"):
+        check_identifier(bad, "table")
+
+
+def test_the_rest_passes_or_says_what_to_do() -> None:
+    assert check_namespace("a-B_9") == "a-B_9"
+    assert check_identifier("_a9", "table") == "_a9"
+    assert check_durability("power") == "power"
+    with pytest.raises(ConfigurationError, match="'power' or 'process'"):
+        check_durability("none")
+    assert "pip install 'agent-persistence[redis]'" in str(missing_client("redis", "redis"))
