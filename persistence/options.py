@@ -117,7 +117,7 @@ def split_url(url: str, known: Mapping[str, Callable[[str], Any]], *, others: bo
 
 
 def masked_url(url: str) -> str:
-    """Return `url` fit for a log: no password, not even one that should have been percent-encoded; no query."""
+    """Return `url` fit for a log: no query, no password, not even one that is badly encoded."""
     scheme, colon, rest = url.partition("://")
     if not rest.startswith("/") and "@" in rest:
         account, _, rest = rest.rpartition("@")

@@ -1,0 +1,105 @@
+"""Listings agree with the records, whoever renames, moves, deletes and saves again at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from persistence import ImageRecord, Persistence, create_persistence
+from persistence.driver import Entry, Key, Page, Write
+from persistence.drivers.memory import MemoryDriver
+
+NAMES = ["x", "y"]
+CONTAINERS = ["c1", "c2"]
+IDS = ["a", "b"]
+
+
+class Shuffled(MemoryDriver):
+    """Gives way before and after each call, now and then for long: every order of calls can happen."""
+
+    lanes = 4
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self._chance = chance
+
+    async def _wait(self) -> None:
+        for _ in range(self._chance.choice([0, 0, 1, 2, 5, 20])):
+            await asyncio.sleep(0)
+
+    async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        await self._wait()
+        found = await super().get(keys)
+        await self._wait()
+        return found
+
+    async def scan(
+        self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
+    ) -> Page:
+        await self._wait()
+        page = await super().scan(partition, start, end, limit=limit, reverse=reverse)
+        await self._wait()
+        return page
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        await self._wait()
+        outcomes = await super().commit(writes)
+        await self._wait()
+        return outcomes
+
+
+async def change(p: Persistence, chance: random.Random) -> None:
+    for _ in range(12):
+        id = chance.choice(IDS)
+        match chance.randrange(8):
+            case 0:
+                await p.images.delete_image(id)
+            case 1:
+                name = chance.choice(NAMES)
+                for record in await p.images.find_images_by_name(name):
+                    assert record.name == name
+            case _:
+                await p.images.save_image(
+                    ImageRecord(
+                        image_id=id,
+                        container_id=chance.choice(CONTAINERS),
+                        session_id="s",
+                        name=chance.choice(NAMES),
+                        created_at=chance.randrange(3),
+                    )
+                )
+
+
+async def check(p: Persistence) -> None:
+    records = {id: await p.images.find_image_by_id(id) for id in IDS}
+    there = {record.image_id: record for record in records.values() if record is not None}
+    order = sorted(there, key=lambda id: (-there[id].created_at, id))
+    assert [record.image_id for record in await p.images.find_all_images()] == order
+    for name in NAMES:
+        found = [record.image_id for record in await p.images.find_images_by_name(name)]
+        assert found == [id for id in order if there[id].name == name]
+    for container in CONTAINERS:
+        found = [record.image_id for record in await p.images.find_images_by_container_id(container)]
+        assert found == [id for id in order if there[id].container_id == container]
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_no_order_of_calls_loses_a_record_from_a_listing(seed: int) -> None:
+    chance = random.Random(seed)
+    driver = Shuffled(chance)
+    opened = [await create_persistence(driver) for _ in range(4)]
+    await asyncio.gather(*(change(p, chance) for p in opened for _ in range(2)))
+    await check(opened[0])
+    day = 86_400_000
+    async with create_persistence(driver, clock=lambda: 2**42 + day) as later:
+        before = await later.images.find_all_images()
+        report = await later.repair()
+        assert report.hints_added == 0
+        assert await later.images.find_all_images() == before
+        assert (await later.repair()).hints_removed == 0
+        await check(later)
+    for p in opened:
+        await p.close()
