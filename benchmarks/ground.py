@@ -43,11 +43,15 @@ class Ground:
     effort: Effort
     rows: list[Row] = field(default_factory=list)
 
+    def client(self, tasks: int) -> Thin:
+        """Return the client that races for so many tasks. What the one stores the other does not see."""
+        return self.held if tasks == 1 else self.pool
+
     async def race(
         self, measure: str, tasks: int, ours: Step, thin: With[Thin], peer: With[Peer] | None = None
     ) -> None:
         """Measure, and add a row for each other side."""
-        client = self.held if tasks == 1 else self.pool
+        client = self.client(tasks)
         sides: dict[str, Step] = {"ours": ours, "client": partial(thin, client)}
         names = {"client": client.client}
         if self.held is not self.pool:
@@ -77,13 +81,14 @@ async def prepare(
     name = engine
     driver: Driver
     held: Thin
+    pool: Thin
     if engine == "memory":
         from thin.memory import ThinMemory
 
         from persistence.drivers.memory import MemoryDriver
 
         driver = MemoryDriver()
-        pool = held = ThinMemory()
+        held = pool = ThinMemory()
     elif engine == "filesystem":
         from thin.filesystem import ThinFiles
 

@@ -69,20 +69,17 @@ async def append(at: Ground, tasks: int) -> None:
 async def get(at: Ground, tasks: int) -> None:
     """Get one record of a thousand by its id."""
     records = [
-        {"session_id": f"get-{tasks}-{number}", "container_id": "container", "image_id": "image"}
+        {"session_id": f"session-{number}", "container_id": "container", "image_id": "image"}
         for number in range(_RECORDS)
     ]
     await _together(at.p.sessions.save_session(record) for record in records)
-    await _together(at.pool.append(record["session_id"], 0, _encode(record)) for record in records)
-
-    def id(task: int, number: int) -> str:
-        return f"get-{tasks}-{(17 * task + number) % _RECORDS}"
+    await at.client(tasks).extend("sessions", 0, [_encode(record) for record in records])
 
     async def ours(task: int, number: int) -> None:
-        await at.p.sessions.find_session_by_id(id(task, number))
+        await at.p.sessions.find_session_by_id(f"session-{(17 * task + number) % _RECORDS}")
 
     async def thin(client: Thin, task: int, number: int) -> None:
-        _decode(await client.get(id(task, number), 0))
+        _decode(await client.get("sessions", (17 * task + number) % _RECORDS))
 
     await at.race(_named("get", tasks), tasks, ours, thin)
 

@@ -307,7 +307,7 @@ class FilesystemDriver:
     async def _run(self, job: Callable[[*_Ts], _T], *args: *_Ts) -> _T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._worker, job, *args)
-        except PermissionError as error:
+        except (PermissionError, NotADirectoryError) as error:
             raise ConfigurationError(f"{self!r}: {error}") from error
         except OSError as error:
             raise UnavailableError(f"{self!r}: {error}") from error
@@ -796,7 +796,8 @@ def _is_plain_json(value: bytes) -> bool:
 def _parse_header(line: bytes, path: Path) -> _Header:
     header = _checked(line, _decode_header)
     if header.format != 1:
-        raise CorruptRecordError(f"{path} has format {header.format}, made by a later release")
+        message = f"{path} has format {header.format}, made by a later release"
+        raise CorruptRecordError(message, partition=header.partition)
     return header
 
 

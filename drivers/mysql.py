@@ -59,7 +59,7 @@ except ImportError:
     except ImportError as error:
         raise missing_client("mysql", "aiomysql") from error
 
-__all__ = ["MySQLDriver", "from_url", "mysql_driver"]
+__all__ = ["MySQLDriver", "client_library", "from_url", "mysql_driver"]
 
 _GET = "SELECT p, k, v, ver FROM {table} WHERE (p, k) IN ({keys})"
 
@@ -142,7 +142,7 @@ _HELD = 0  # the version of a row that is there only to be locked
 _PACKET_BYTES = 10 << 20  # the longest packet: `MAX_WRITE_BYTES` as hexadecimal, and the names
 _PURGE_STEP = 250
 _PAGE_PARTITIONS = 500  # the servers stop a recursion at 1000
-_TRIES = 5
+_LONGEST_PAUSE = 0.1  # seconds between two tries
 _GRACE = 1.0  # seconds after which the server should have given up waiting for a lock
 _MULTI_STATEMENTS = 1 << 16
 
@@ -416,7 +416,7 @@ class MySQLDriver:
         """Do `work` on a connection, and again while the server reports that it undid it all."""
         if self._pool is None:
             raise ConfigurationError("the driver is not open")
-        tries = 0
+        deadline, tries = asyncio.get_running_loop().time() + self._timeout, 0
         while True:
             try:
                 async with asyncio.timeout(self._timeout):
@@ -427,14 +427,19 @@ class MySQLDriver:
                 finally:
                     self._slots.release()
             except (MySQLError, OSError, EOFError) as error:
-                tries += 1
-                if tries == _TRIES or _code(error) not in _RETRIED:
+                late = asyncio.get_running_loop().time() > deadline
+                if late or _code(error) not in _RETRIED:
                     raise _translated(error) from error
-            await asyncio.sleep(random.uniform(0, 0.002 * 2**tries))
+            tries += 1
+            await asyncio.sleep(random.uniform(0, min(0.002 * 2**tries, _LONGEST_PAUSE)))
 
     async def _on_connection(self, pool: Any, work: Callable[[Any], Awaitable[_T]]) -> _T:
         async with asyncio.timeout(self._timeout):
-            connection = await pool.acquire()
+            try:
+                connection = await pool.acquire()
+            except TypeError as error:
+                message = f"mysql: {error}"
+                raise ConfigurationError(message) from error
         in_order = False
         try:
             async with asyncio.timeout(self._timeout + _GRACE):

@@ -51,6 +51,7 @@ except ImportError as error:
 
 __all__ = ["PostgreSQLDriver", "from_url", "postgresql_driver"]
 
+_GET_ONE = "SELECT 1, v, ver FROM {table} WHERE p = $1 AND k = $2"
 _GET = """
 SELECT n, v, ver
 FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY AS wanted(p, k, n) JOIN {table} USING (p, k)
@@ -158,18 +159,21 @@ SELECT to_regnamespace($1) IS NOT NULL AS schema, to_regclass($2) IS NOT NULL AS
   current_setting('full_page_writes') AS full_page_writes, pg_is_in_recovery() AS standby,
   pg_backend_pid() AS pid
 """
+# Nothing is set where a pooler is in between, whose process is not the one that answers: others share it.
 _SESSION = """
-SET statement_timeout = {milliseconds}; SET plan_cache_mode = force_generic_plan; SET jit = off;
-SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
-SELECT set_config('synchronous_commit', '{commit}', false)
-WHERE current_setting('synchronous_commit') = 'off' OR '{commit}' = 'off';
+SELECT set_config(name, value, false) FROM (VALUES
+  ('statement_timeout', '{milliseconds}'), ('plan_cache_mode', 'force_generic_plan'), ('jit', 'off'),
+  ('enable_seqscan', 'off'), ('enable_hashjoin', 'off'), ('enable_mergejoin', 'off'),
+  ('synchronous_commit', '{commit}')
+) AS wanted(name, value)
+WHERE pg_backend_pid() = {pid} AND (name <> 'synchronous_commit' OR 'off' IN (value, current_setting(name)))
 """
 _CREATING = 0x70657273  # any number, the same in all processes
 
 _PRESENT = -1
 _LAST_KEY = "\x7f"
 _PURGE_STEP = 250
-_TRIES = 8
+_LONGEST_PAUSE = 0.1  # seconds between two tries
 _GRACE = 1.0  # seconds after which the server should have ended a statement by itself
 _RETRIED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.DivisionByZeroError)
 _DOWN = (
@@ -214,8 +218,11 @@ class _Pool:
         self._idle = [] if given is None else [given]
 
     async def acquire(self, *, timeout: float) -> asyncpg.Connection:
-        async with asyncio.timeout(timeout):
-            await self._slots.acquire()
+        if self._slots.locked():
+            async with asyncio.timeout(timeout):
+                await self._slots.acquire()
+        else:
+            await self._slots.acquire()  # at once
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed():
@@ -256,10 +263,11 @@ class PostgreSQLDriver:
     setting is off, and a commit is answered when it is on the server's disk; `open` warns where ``fsync`` or
     ``full_page_writes`` is off. "process": it is off, and a commit is safe from the end of this process, but
     the last moment (up to three times ``wal_writer_delay``, 0.6 s) is lost when the server or its machine
-    fails. With a `client`, and with ``statement_cache_size=0``, sessions are not touched: `open` warns.
+    fails. With a `client`, with ``statement_cache_size=0``, and behind a pooler, sessions are not touched:
+    "process" then keeps what "power" does, and `open` warns where ``synchronous_commit`` is off.
 
-    Behind PgBouncer, session pooling works as it is. Transaction pooling needs ``statement_cache_size=0``.
-    Statement pooling cannot work.
+    Behind PgBouncer, session pooling works as it is, transaction pooling with ``statement_cache_size=0``;
+    `open` tells. Statement pooling cannot work, and `open` refuses it.
     """
 
     def __init__(
@@ -311,7 +319,7 @@ class PostgreSQLDriver:
         }
         own = client is None and statement_cache_size > 0
         commit = "on" if self._durability == "power" else "off"
-        self._session = _SESSION.format(milliseconds=int(timeout * 1000), commit=commit) if own else ""
+        self._settings = {"milliseconds": int(timeout * 1000), "commit": commit} if own else None
         self._pool: _Pool | asyncpg.Pool | None = None
         self._opening = asyncio.Lock()
         self.lanes = min(2, self._pool_size)
@@ -323,6 +331,7 @@ class PostgreSQLDriver:
         }
         self._ddl = (f'CREATE SCHEMA IF NOT EXISTS "{schema}";\n', _TABLE.format(**names))
         self._view = _VIEW.format(**names)
+        self._get_one = _GET_ONE.format(**names)
         self._get = _GET.format(**names)
         self._scan = _SCAN.format(**names, order="", page_bytes=PAGE_BYTES)
         self._scan_back = _SCAN.format(**names, order="DESC", page_bytes=PAGE_BYTES)
@@ -367,9 +376,11 @@ class PostgreSQLDriver:
             await pool.close()
 
     async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
-        names = [self._name(key.partition) for key in keys]
+        p, k = [self._name(key.partition) for key in keys], [key.key.encode() for key in keys]
+        one = len(keys) == 1
+        rows = await (self._fetch(self._get_one, p[0], k[0]) if one else self._fetch(self._get, p, k))
         found: list[Entry | None] = [None] * len(keys)
-        for n, value, version in await self._fetch(self._get, names, [key.key.encode() for key in keys]):
+        for n, value, version in rows:
             found[n - 1] = Entry(keys[n - 1].key, value, version)
         return found
 
@@ -453,7 +464,7 @@ class PostgreSQLDriver:
         pool = self._pool
         if pool is None:
             raise ConfigurationError("the driver is not open")
-        tries = 0
+        deadline, tries = asyncio.get_running_loop().time() + self._timeout, 0
         while True:
             try:
                 connection = await pool.acquire(timeout=self._timeout)
@@ -469,10 +480,11 @@ class PostgreSQLDriver:
                 finally:
                     await pool.release(connection)
             except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-                tries += 1
-                if tries == _TRIES or not isinstance(error, _RETRIED):
+                late = asyncio.get_running_loop().time() > deadline
+                if late or not isinstance(error, _RETRIED):
                     raise self._translated(error) from error
-            await asyncio.sleep(random.uniform(0, 0.002 * 2**tries))
+            tries += 1
+            await asyncio.sleep(random.uniform(0, min(0.002 * 2**tries, _LONGEST_PAUSE)))
 
     async def _connect(self) -> asyncpg.Connection:
         if isinstance(self._client, asyncpg.Connection):
@@ -483,8 +495,8 @@ class PostgreSQLDriver:
             message = f"postgresql: {error}"
             raise ConfigurationError(message) from error
         try:
-            if self._session:
-                await connection.execute(self._session)
+            if self._settings is not None:
+                await connection.execute(_SESSION.format(**self._settings, pid=connection.get_server_pid()))
         except BaseException:
             connection.terminate()
             raise
@@ -524,11 +536,14 @@ class PostgreSQLDriver:
 
         try:
             await self._run(transaction)
-        except PersistenceError as error:
+        except UnavailableError as error:
+            lost = error.__cause__  # and why is what it stems from
+            if lost is None or not isinstance(lost.__cause__, asyncpg.ProtocolViolationError):
+                raise
             raise ConfigurationError(
                 "postgresql: the pooler in between refuses transactions: let it pool sessions or transactions"
             ) from error
-        if self._session:
+        if self._settings is not None:
             _log.warning(
                 "postgresql: a pooler is in between: unless it pools sessions, use statement_cache_size=0"
             )

@@ -121,10 +121,13 @@ class Room:
 class _Member:
     """One caller's write."""
 
-    __slots__ = ("calls", "future", "ops")
+    __slots__ = ("calls", "future", "ops", "size")
 
-    def __init__(self, ops: tuple[Op, ...], future: asyncio.Future[int], calls: Sequence[Call]) -> None:
+    def __init__(
+        self, ops: tuple[Op, ...], size: int, future: asyncio.Future[int], calls: Sequence[Call]
+    ) -> None:
         self.ops = ops
+        self.size = size
         self.future = future
         self.calls = calls
 
@@ -139,7 +142,7 @@ class _Group:
         self.members = members
         self.hint = hint
         self.ops = sum(len(member.ops) for member in members)
-        self.size = sum(_size(op) for member in members for op in member.ops)
+        self.size = sum(member.size for member in members)
         self.keys: set[str] | None = None
         # A half of a refused merge stays as it is, or it might be merged again for ever.
         self.mergeable = not merged and (hint or all(op.expect is not None for op in members[0].ops))
@@ -197,13 +200,13 @@ class _Group:
 class _Lane:
     """Writes to the partitions of one hash class: one `commit` at a time."""
 
-    __slots__ = ("busy", "free", "queue", "running")
+    __slots__ = ("busy", "free", "queue", "task")
 
     def __init__(self) -> None:
         self.queue: deque[_Group] = deque()
         self.busy: set[str] = set()  # partitions with a Write whose outcome is being settled
         self.free = asyncio.Lock()
-        self.running = False
+        self.task: asyncio.Task[None] | None = None  # while there is something to send
 
 
 class Coalescer:
@@ -213,7 +216,7 @@ class Coalescer:
         self._driver = driver
         self._lanes = [_Lane() for _ in range(max(1, int(getattr(driver, "lanes", 1))))]
         self._reads: deque[tuple[Sequence[Key], asyncio.Future[list[Entry | None]]]] = deque()
-        self._reading = False
+        self._reader: asyncio.Task[None] | None = None  # while there is something to read
         self._scans = asyncio.Semaphore(_SCANS_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -239,8 +242,8 @@ class Coalescer:
             try:
                 if self._active:
                     await self._closed
-                while self._tasks:
-                    await asyncio.wait(list(self._tasks))
+                while tasks := self._under_way():
+                    await asyncio.wait(tasks)
                 await self._driver.close()
             finally:
                 self._gone.set()
@@ -281,9 +284,8 @@ class Coalescer:
             future: asyncio.Future[list[Entry | None]] = asyncio.get_running_loop().create_future()
             self._reads.append((part, future))
             futures.append(future)
-        if not self._reading:
-            self._reading = True
-            self.start(self._read())
+        if self._reader is None:
+            self._reader = asyncio.get_running_loop().create_task(self._read())
         if len(futures) == 1:
             return await futures[0]
         return [entry for part in await asyncio.gather(*futures) for entry in part]
@@ -312,7 +314,7 @@ class Coalescer:
             while self._reads:
                 await self._read_batch()
         finally:
-            self._reading = False
+            self._reader = None
 
     async def _read_batch(self) -> None:
         batch: list[tuple[Sequence[Key], asyncio.Future[list[Entry | None]]]] = []
@@ -390,6 +392,11 @@ class Coalescer:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def _under_way(self) -> list[asyncio.Task[Any]]:
+        # Lanes and the reader come and go with every lone call: a done callback for each would be felt.
+        own = [self._reader, *(lane.task for lane in self._lanes)]
+        return [*self._tasks, *(task for task in own if task is not None and not task.done())]
+
     # ---- writes
 
     async def write(self, partition: str, ops: Iterable[Op], *, hint: bool = False) -> int:
@@ -418,20 +425,19 @@ class Coalescer:
 
         `calls` are the public calls that this write is for, by default the present one.
         """
-        _check_limits(partition, ops)
+        size = _checked_size(partition, ops)
         if calls is None:
             call = CALL.get()
             calls = () if call is None else (call,)
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         lane = self._lanes[crc32(partition.encode()) % len(self._lanes)]
-        lane.queue.append(_Group(partition, [_Member(ops, future, calls)], hint=hint, merged=False))
+        lane.queue.append(_Group(partition, [_Member(ops, size, future, calls)], hint=hint, merged=False))
         self._kick(lane)
         return future
 
     def _kick(self, lane: _Lane) -> None:
-        if not lane.running and lane.queue:
-            lane.running = True
-            self.start(self._commit_lane(lane))
+        if lane.task is None and lane.queue:
+            lane.task = asyncio.get_running_loop().create_task(self._commit_lane(lane))
 
     async def _commit_lane(self, lane: _Lane) -> None:
         try:
@@ -442,7 +448,7 @@ class Coalescer:
                 group.fail(error)
             raise
         finally:
-            lane.running = False
+            lane.task = None
 
     async def _commit(self, lane: _Lane, batch: list[_Group]) -> None:
         for group in batch:
@@ -610,7 +616,8 @@ def _next_batch(lane: _Lane) -> list[_Group]:
     return list(batch.values())
 
 
-def _check_limits(partition: str, ops: tuple[Op, ...]) -> None:
+def _checked_size(partition: str, ops: tuple[Op, ...]) -> int:
+    """Return the bytes of a write; raise for what exceeds a limit of the contract."""
     if len(partition) > MAX_PARTITION_CHARS:
         message = f"the partition's name has {len(partition)} characters; the limit is {MAX_PARTITION_CHARS}"
         raise InvalidKeyError(message, partition=partition)
@@ -635,6 +642,7 @@ def _check_limits(partition: str, ops: tuple[Op, ...]) -> None:
     if len(ops) > 1 and len({op.key for op in ops}) < len(ops):
         message = "a write names a key twice"
         raise InvalidValueError(message, partition=partition)
+    return size
 
 
 def _size(op: Op) -> int:

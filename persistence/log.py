@@ -139,6 +139,15 @@ class _Append:
         self.edit: Callable[[Tail], Awaitable[tuple[Op, ...] | None]] | None = None
 
 
+class _Flight(NamedTuple):
+    """A Write on its way: what it appends, the first number of each, the end after it, its version to be."""
+
+    batch: list[_Append]
+    firsts: list[int]
+    tail: Tail
+    version: asyncio.Future[int]
+
+
 class _Queue:
     __slots__ = ("running", "waiting")
 
@@ -222,8 +231,39 @@ class Log:
         queue.waiting.append(append)
         if not queue.running:
             queue.running = True
-            self._store.coalescer.start(self._drain(partition, queue))
+            if not self._send_at_once(partition, queue):
+                self._store.coalescer.start(self._drain(partition, queue))
         return append.future
+
+    def _send_at_once(self, partition: str, queue: _Queue) -> bool:
+        """Send a lone append without a task of its own: an eighth less time. False: it is not so simple."""
+        tail = self._remembered(partition)
+        if tail is None or queue.waiting[0].edit is not None:
+            return False
+        batch = self._take(queue, tail)
+        if not batch:
+            return False
+        try:
+            flight = self._depart(partition, batch, tail)
+        except Exception as error:
+            self._fail(batch, error)
+            return False
+
+        def landed(version: asyncio.Future[int]) -> None:
+            try:
+                if not self._arrive(partition, flight):
+                    queue.waiting.extendleft(reversed(batch))
+            except asyncio.CancelledError as error:
+                self._fail([*batch, *queue.waiting], error)
+                queue.waiting.clear()
+            if queue.waiting:
+                self._store.coalescer.start(self._drain(partition, queue))
+            else:
+                queue.running = False
+                self._queues.pop(partition, None)
+
+        flight.version.add_done_callback(landed)
+        return True
 
     async def _drain(self, partition: str, queue: _Queue) -> None:
         """Send what waits for one sequence: one Write in flight, numbers given as it leaves."""
@@ -322,6 +362,16 @@ class Log:
 
     async def _send(self, partition: str, batch: list[_Append], tail: Tail) -> bool:
         """Write the batch after `tail`. False: refused, to be tried again."""
+        try:
+            flight = self._depart(partition, batch, tail)
+        except Exception as error:  # the batch alone has failed, not those behind it
+            self._fail(batch, error)
+            return True
+        await asyncio.wait([flight.version])
+        return self._arrive(partition, flight)
+
+    def _depart(self, partition: str, batch: list[_Append], tail: Tail) -> _Flight:
+        """Number the batch after `tail` and hand it over to be written."""
         number, count = tail.number, tail.visible
         ops: list[Op] = []
         firsts = []
@@ -336,20 +386,22 @@ class Log:
             if append.once is not None:
                 ops.append(Put(append.once, pack(LogBody(n=firsts[-1], at=self._store.clock())), ABSENT))
         calls = [append.call for append in batch if append.call is not None]
-        since = _seconds()
-        try:
-            version = await self._store.coalescer.submit(partition, tuple(ops), calls=calls)
-        except Exception as error:  # the batch alone has failed, not those behind it
-            self._tails.pop(partition, None)
-            self._fail(batch, error)
+        end = Tail(number, count, tail.marker, number, False, _seconds())
+        return _Flight(batch, firsts, end, self._store.coalescer.submit(partition, tuple(ops), calls=calls))
+
+    def _arrive(self, partition: str, flight: _Flight) -> bool:
+        """Tell the callers how it went. False: refused, to be tried again."""
+        error = flight.version.exception()
+        if error is None and flight.version.result():
+            self._remember(partition, flight.tail)
+            for append, first in zip(flight.batch, flight.firsts, strict=True):
+                if not append.future.done():
+                    append.future.set_result(first)
             return True
-        if not version:
-            self._tails.pop(partition, None)
+        self._tails.pop(partition, None)
+        if error is None:
             return False
-        self._remember(partition, Tail(number, count, tail.marker, number, False, since))
-        for append, first in zip(batch, firsts, strict=True):
-            if not append.future.done():
-                append.future.set_result(first)
+        self._fail(flight.batch, error)  # it alone has failed, not those behind it
         return True
 
     async def _send_edit(self, partition: str, append: _Append, tail: Tail) -> None:
@@ -471,7 +523,7 @@ class Log:
             spans = await self._spans(partition, tail, ready)
         spans = _within(spans, above + 1, tail.number if below is None else below - 1)
         found = await self._collect(partition, spans, ready, limit, newest=newest)
-        items = [await self._item(partition, number, entry) for number, entry in found]
+        items = await self._items(partition, found)
         return items[::-1] if newest else items
 
     async def _collect(
@@ -506,16 +558,19 @@ class Log:
                 number += step
         return found
 
-    async def _item(self, partition: str, number: int, entry: Entry) -> StoredItem:
-        body = self._unpack(partition, entry)
-        if body.k != "entry":
-            message = f"entry {number} is hidden"
-            raise _ChangedError(message, partition=partition)
-        if body.c is UNSET:
-            value = self._store.inline_value(partition, entry.key, body)
-        else:
-            value = await self._store.value(partition, entry.key, body)
-        return StoredItem(number, body.at, value)
+    async def _items(self, partition: str, found: list[tuple[int, Entry]]) -> list[StoredItem]:
+        items = []
+        for number, entry in found:
+            body = self._unpack(partition, entry)
+            if body.k != "entry":
+                message = f"entry {number} is hidden"
+                raise _ChangedError(message, partition=partition)
+            if body.c is UNSET:
+                value = self._store.inline_value(partition, entry.key, body)
+            else:
+                value = await self._store.value(partition, entry.key, body)
+            items.append(StoredItem(number, body.at, value))
+        return items
 
     async def spans(self, partition: str, tail: Tail) -> list[Span]:
         """Return the ranges of visible entries up to `tail`."""

@@ -13,7 +13,7 @@ together again. It names them by number, a run of them by its first and last:
 ``["v", value]``      the value itself, of a state too small to be cut
 ``["l", part, …]``    a list; likewise ``t`` a tuple, ``s`` a set, ``d`` a dict,
                       ``m`` a dict with keys that are no text (its items are pairs),
-                      ``x`` a text, ``b`` bytes
+                      ``x`` a text, ``b`` bytes; ``o`` the one item of a piece
 ====================  ==========================================================
 
 and a part is
@@ -146,11 +146,27 @@ def cut(state: Any) -> Cut:
         except InvalidValueError:
             codec.encode(state)  # names the place within the whole
             raise
-        except RecursionError as error:
-            message = "the value is nested too deeply, or holds itself"
-            raise InvalidValueError(message) from error
+        except RecursionError:
+            return _uncut(state)
     message = f"the state has more than {MAX_BYTES:,} bytes as JSON, which is the limit"
     raise InvalidValueError(message)
+
+
+def _uncut(state: Any) -> Cut:
+    """Make one piece of a state that is nested deeper than can be walked, but not than JSON may be."""
+    text, tagged = codec.encode([state])
+    piece = (_FORMAT_TAGGED if tagged else _FORMAT) % text
+    try:
+        msgspec.json.decode(b"[%b]" % piece)  # what cannot be read back is refused
+    except RecursionError as error:
+        message = "the value is nested too deeply"
+        raise InvalidValueError(message) from error
+    if len(piece) > MAX_VALUE_BYTES:
+        message = f"the value is nested too deeply for its {len(piece):,} bytes"
+        raise InvalidValueError(message)
+    root = Node("o")
+    root.parts.append(0)
+    return Cut(root, [piece], [digest(piece)], len(text) - 2)
 
 
 class _TooLargeError(Exception):
@@ -224,23 +240,21 @@ class _Cutter:
 
     def _members(self, value: dict[Any, Any], limit: int, levels: int) -> int | Node:
         leaf = self.grain.leaf
-        below = 2 * self.grain.group if levels > 0 and len(value) <= _UPPER_MEMBERS else leaf
         exotic = self.exotic
+        if value:
+            if not set(map(type, value)) <= {str}:
+                if not all(isinstance(key, str) for key in value):
+                    return self._pairs(value, limit)
+                exotic = True
+            if max(map(len, value)) > leaf:
+                return self._pairs(value, limit)
+        below = 2 * self.grain.group if levels > 0 and len(value) <= _UPPER_MEMBERS else leaf
         total = 2
         sizes: list[int | Node] = []
         exotics: list[bool] = []
         cut = False
         for key, item in value.items():
-            if type(key) is not str:
-                if not isinstance(key, str) or len(key) > leaf:
-                    self.exotic = exotic
-                    return self._pairs(value, limit)
-                self.exotic = True
-            elif len(key) > leaf:
-                self.exotic = exotic
-                return self._pairs(value, limit)
-            else:
-                self.exotic = False
+            self.exotic = exotic
             if type(item) is str and len(item) <= leaf:
                 size: int | Node = len(item) + 2
             else:
@@ -293,7 +307,7 @@ class _Cutter:
     ) -> Node:
         node = Node(kind)
         full = self.grain.group
-        self._add(2)
+        self._add(1)  # two brackets, less the comma that follows no last item
         first = weight = 0
         exotic = False
         for at, size in enumerate(sizes):
@@ -321,7 +335,7 @@ class _Cutter:
     ) -> Node:
         node = Node("d")
         full = self.grain.group
-        self._add(2)
+        self._add(1)
         batch: dict[Any, Any] = {}
         weight = 0
         exotic = False
@@ -350,6 +364,7 @@ class _Cutter:
         step = self.grain.slice
         for at in range(0, len(value), step):
             self._store(node, value[at : at + step], step, kind == "b")
+            self._add(-1)
         return node
 
     def _store(self, node: Node, batch: Any, weight: int, exotic: bool) -> None:
@@ -486,7 +501,18 @@ def _list(items: list[Any]) -> list[Any]:
     return items
 
 
-_CONTAINERS: Final[dict[str, Callable[[list[Any]], Any]]] = {"l": _list, "t": tuple, "s": set, "m": dict}
+def _only(items: list[Any]) -> Any:
+    (item,) = items
+    return item
+
+
+_CONTAINERS: Final[dict[str, Callable[[list[Any]], Any]]] = {
+    "l": _list,
+    "t": tuple,
+    "s": set,
+    "m": dict,
+    "o": _only,
+}
 
 
 def _no_node(part: Any, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is the filesystem driver's own: the log, its locks, its faults. What all drivers promise: test_driver.py."""
+"""What is the filesystem driver's own: its log, locks and faults. The promises of all are in test_driver."""
 
 # ruff: noqa: ASYNC240 - a test may touch its own files while nothing else runs
 
@@ -13,9 +13,9 @@ import multiprocessing
 import os
 import random
 import stat
-import time
+import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -91,18 +91,7 @@ async def test_the_file_is_legible(tmp_path: Path) -> None:
 
 
 VALUES = [
-    *(
-        b"",
-        b"\n",
-        b"null",
-        b" 1",
-        b"1 ",
-        b'{"a":\n1}',
-        b'{ "a" :\t1 }\r',
-        b'{"a":1}\r\n',
-        b'"\xff"',
-        b"\xff\x00",
-    ),
+    *(b"", b"\n", b"null", b" 1", b"1 ", b'{"a":\n1}', b'{ "a" :\t1 }\r', b'{"a":1}\r\n', b'"\xff"', b"\xff"),
     *(b"01", b"1e999", b"NaN", b'"\\ud800"', b'"\xc3\xa9"', b"1],[2", b'1},"put64":{"k":2', b"\xef\xbb\xbf1"),
     *(b"[" * depth + b"]" * depth for depth in (10, 65, 400, 900, 990, 1000, 5000)),
     *(b'{"a":1,"a":2}', b'"' + b"x" * (MAX_VALUE_BYTES - 2) + b'"', bytes(MAX_VALUE_BYTES)),
@@ -184,9 +173,9 @@ async def test_a_flipped_byte_is_corruption_and_stays(tmp_path: Path) -> None:
         damaged[place] ^= 0x01
         log.write_bytes(damaged)
         async with opened(tmp_path, durability="process") as driver:
-            with pytest.raises(CorruptRecordError, match="is damaged|holds another|format 0") as caught:
+            with pytest.raises(CorruptRecordError, match="is damaged") as caught:
                 await driver.get([Key("p", "k0")])
-            assert caught.value.partition in ("p", None)
+            assert caught.value.partition == "p"
             with pytest.raises(CorruptRecordError):
                 await driver.scan("p", "", None, limit=1)
             with pytest.raises(CorruptRecordError):
@@ -261,9 +250,8 @@ async def test_compaction_shrinks_the_file_and_loses_nothing(tmp_path: Path) -> 
         async def keep_writing(driver: FilesystemDriver, name: str) -> None:
             nonlocal writing
             for number in range(100):
-                await put(
-                    driver, "p", **{name: b"%d" % number, f"{name}.big": big, f"{name}.too": b"%d" % number}
-                )
+                value = b"%d" % number
+                await put(driver, "p", **{name: value, f"{name}.big": big, f"{name}.too": value})
             writing -= 1
 
         async def keep_reading() -> None:
@@ -279,16 +267,11 @@ async def test_compaction_shrinks_the_file_and_loses_nothing(tmp_path: Path) -> 
                 await asyncio.sleep(0)
 
         await asyncio.gather(keep_writing(one, "one"), keep_writing(two, "two"), keep_reading())
-        last = {
-            "one": b"99",
-            "one.big": big,
-            "one.too": b"99",
-            "two": b"99",
-            "two.big": big,
-            "two.too": b"99",
-        }
+        last = {"kept": b'"kept"'}
+        for name in ("one", "two"):
+            last |= {name: b"99", f"{name}.big": big, f"{name}.too": b"99"}
         for driver in (one, two, reader):
-            assert await content(driver) == {"kept": b'"kept"', **last}
+            assert await content(driver) == last
     (log,) = logs(tmp_path)
     assert log.stat().st_size < 400_000  # 2 MB were written
     assert len(inodes) > 1
@@ -343,10 +326,24 @@ async def test_a_locked_file_makes_a_writer_give_up_and_no_reader_wait(
         await put(driver, "p", a=b"3")
 
 
+async def test_who_waits_for_a_lock_holds_no_other(tmp_path: Path) -> None:
+    async with opened(tmp_path) as driver, opened(tmp_path) as other:
+        await put(driver, "p", a=b"1")
+        with logs(tmp_path)[0].open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            task = asyncio.create_task(driver.commit([write(name, Put("a", b"2")) for name in ("o", "p")]))
+            while not await content(other, "o"):
+                pass
+            await put(other, "o", a=b"3")
+            assert not task.done()
+        assert await task == [True, True]
+        assert await content(driver, "o") == {"a": b"3"}
+
+
 async def test_a_write_is_seen_by_its_own_readers_only_once_it_is_safe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, syncing, synced = asyncio.get_running_loop(), asyncio.Event(), module.threading.Event()
+    loop, syncing, synced = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
     sync = os.fdatasync
 
     def slow(fd: int) -> None:
@@ -356,11 +353,14 @@ async def test_a_write_is_seen_by_its_own_readers_only_once_it_is_safe(
 
     async with opened(tmp_path) as driver:
         await put(driver, "p", a=b"1", b=b"1")
+        assert await content(driver) == {"a": b"1", "b": b"1"}
         monkeypatch.setattr(os, "fdatasync", slow)
         task = asyncio.create_task(put(driver, "p", a=b"2", b=b"2"))
         await syncing.wait()
-        assert await driver.get([Key("p", "a")]) == [Entry("a", b"1", next(versions) - 2)]
-        synced.set()
+        try:
+            assert await asyncio.wait_for(content(driver), 10) == {"a": b"1", "b": b"1"}
+        finally:
+            synced.set()
         await task
         assert await content(driver) == {"a": b"2", "b": b"2"}
 
@@ -400,34 +400,9 @@ async def test_open_files_and_indexes_are_bounded(tmp_path: Path, monkeypatch: p
 async def test_hostile_names_stay_apart_and_inside_the_folder(tmp_path: Path) -> None:
     signs = [chr(code) for code in range(0x21, 0x7F) if chr(code) not in "{}"]
     long = "x" * 254
-    names = [
-        *signs,
-        ".",
-        "..",
-        "../..",
-        "/",
-        "//",
-        "/etc/passwd",
-        "a/b",
-        "a",
-        "A",
-        "con",
-        "nul",
-        "-rf",
-        "~root",
-    ]
-    names += [
-        "Session/A",
-        "session/A",
-        "session/a",
-        "session_a",
-        "x" * 60,
-        "x" * 61,
-        long + "a",
-        long + "b",
-        long,
-    ]
-    names = sorted(set(names))
+    paths = [".", "..", "../..", "/", "//", "/etc/passwd", "a/b", "con", "nul", "-rf", "~root"]
+    cases = ["a", "A", "Session/A", "session/A", "session/a", "session_a"]
+    names = sorted({*signs, *paths, *cases, "x" * 60, "x" * 61, long, long + "a", long + "b"})
     async with opened(tmp_path / "in", durability="process") as driver, opened(tmp_path / "in") as other:
         writes = [write(name, Put("k", name.encode())) for name in names]
         assert await driver.commit(writes) == [True] * len(names)
@@ -502,11 +477,11 @@ async def test_a_full_disk_leaves_the_file_as_it_was(
 async def test_a_write_that_could_not_be_synced_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, failing = os.fdatasync, [1, 0]
+    sync, failures = os.fdatasync, list[OSError]()
 
     def fail_once(fd: int) -> None:
-        if failing and failing.pop():
-            raise OSError(errno.EIO, "Input/output error")
+        if failures:
+            raise failures.pop()
         sync(fd)
 
     async with opened(tmp_path) as driver, opened(tmp_path) as other:
@@ -514,7 +489,7 @@ async def test_a_write_that_could_not_be_synced_is_gone(
         assert await content(other) == {"a": b"1"}
         monkeypatch.setattr(os, "fdatasync", fail_once)
         for name in ("p", "new"):
-            failing[:] = [1]
+            failures.append(OSError(errno.EIO, "Input/output error"))
             with pytest.raises(UnavailableError, match="Input/output error"):
                 await driver.commit([write(name, Put("a", b"2"), Put("b", b"3"))])
         assert await content(driver) == await content(other) == {"a": b"1"}
@@ -527,7 +502,7 @@ async def test_what_is_not_allowed_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"the folder {tmp_path / 'none'} is missing"):
         await filesystem_driver(tmp_path / "none", create=False).open()
     (tmp_path / "file").write_text("")
-    with pytest.raises((ConfigurationError, UnavailableError), match="file"):
+    with pytest.raises(ConfigurationError, match="Not a directory"):
         await filesystem_driver(tmp_path / "file").open()
 
 
@@ -577,7 +552,6 @@ def keep_committing(path: Path, seed: int, pipe: Connection) -> None:
 async def test_what_a_killed_writer_had_acknowledged_is_whole(tmp_path: Path) -> None:
     chance = random.Random(0)
     logged: dict[str, int] = dict.fromkeys(PARTITIONS, 0)
-    acknowledged_in_all = 0
     async with opened(tmp_path) as driver:
         for seed in range(60):
             here, there = processes.Pipe(duplex=False)
@@ -585,19 +559,16 @@ async def test_what_a_killed_writer_had_acknowledged_is_whole(tmp_path: Path) ->
             child.start()
             there.close()
             acknowledged = 0
-            until = time.monotonic() + chance.uniform(0.0, 0.1)
-            try:
-                while here.poll(10 if not acknowledged else 0.001) and time.monotonic() < until:
+            for _ in range(chance.randint(1, 8)):
+                acknowledged, outcomes = here.recv()
+                assert outcomes == [True] * len(PARTITIONS)
+            await asyncio.sleep(chance.uniform(0, 0.004))
+            child.kill()
+            with suppress(EOFError):
+                while True:
                     acknowledged, outcomes = here.recv()
-                    assert outcomes == [True] * len(PARTITIONS)
-                child.kill()
-                while here.poll(10):
-                    acknowledged, outcomes = here.recv()
-            except EOFError:
-                pass
             child.join()
             here.close()
-            acknowledged_in_all += acknowledged
             for name in PARTITIONS:
                 found = await content(driver, name)
                 log = [key for key in found if key.startswith(f"log/{seed:03}/")]
@@ -609,4 +580,3 @@ async def test_what_a_killed_writer_had_acknowledged_is_whole(tmp_path: Path) ->
                     assert found["a"] == found["b"] == found["c"]
                     assert found["a"].startswith(b'"%d ' % len(log))
         await put(driver, "p", a=b"1")
-    assert acknowledged_in_all > 60

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from persistence import ImageRecord, Persistence, create_persistence
-from persistence.driver import Entry, Key, Page, Write
+from persistence.driver import Delete, Entry, Key, Page, Write
 from persistence.drivers.memory import MemoryDriver
 
 NAMES = ["x", "y"]
@@ -103,3 +103,39 @@ async def test_no_order_of_calls_loses_a_record_from_a_listing(seed: int) -> Non
         await check(later)
     for p in opened:
         await p.close()
+
+
+class SlowRemover(MemoryDriver):
+    """Keeps back the removal of entries from listings until it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        if any(isinstance(op, Delete) for write in writes for op in write.ops):
+            self.held.set()
+            await self.go_on.wait()
+        return await super().commit(writes)
+
+
+async def test_a_slow_remover_does_not_take_away_what_was_listed_again() -> None:
+    driver = SlowRemover()
+
+    def image(name: str) -> ImageRecord:
+        return ImageRecord(
+            image_id="a", container_id="c1", session_id="s", name=name, created_at=0, updated_at=0
+        )
+
+    async with create_persistence(driver) as one, create_persistence(driver) as two:
+        await one.images.save_image(image("x"))
+        slow = asyncio.create_task(one.images.save_image(image("y")))
+        await driver.held.wait()
+        back = asyncio.create_task(two.images.save_image(image("x")))
+        while (await two.images.find_image_by_id("a")) != image("x"):  # noqa: ASYNC110 - no event tells this
+            await asyncio.sleep(0)
+        driver.go_on.set()
+        await asyncio.gather(slow, back)
+        assert len(await two.images.find_images_by_name("x")) == 1
+        assert await two.images.find_images_by_name("y") == []

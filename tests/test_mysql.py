@@ -8,6 +8,7 @@ import importlib.util
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -57,7 +58,7 @@ class Session:
         self._connection = connection
 
     async def ask(self, statement: str) -> Any:
-        cursor = mysql.Cursor(self._connection)
+        cursor = import_module(f"{mysql.client_library.__name__}.cursors").Cursor(self._connection)
         await cursor.execute(statement)
         return await cursor.fetchall()
 
@@ -108,10 +109,10 @@ async def eventually(call: Callable[[], Awaitable[Any]]) -> Any:
 
 
 async def until_somebody_waits_for_a_lock(session: Session) -> None:
-    for _ in range(1_000):
+    for _ in range(50):
+        await asyncio.sleep(0.11)  # the server answers from a cache of 0.1 seconds, which reading keeps alive
         if (await session.ask("SELECT COUNT(*) FROM information_schema.innodb_lock_waits"))[0][0]:
             return
-        await asyncio.sleep(0.01)
     pytest.fail("nobody waits for a lock")
 
 
@@ -514,7 +515,11 @@ async def test_connections_that_the_server_ended_are_replaced(on: ModuleType, se
         await driver.commit([create("p")])
         (own,) = await driver._fetch("SELECT CONNECTION_ID()")
         await root.ask(f"KILL {own[0]}")
-        await asyncio.sleep(0.1)  # its farewell is on its way
+        for _ in range(500):
+            if not await root.ask(f"SELECT 1 FROM information_schema.processlist WHERE id = {own[0]}"):
+                break
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # the loop reads the farewell
         assert await driver.get([Key("p", "a")]) == [Entry("a", b"v", 1)]
 
         (own,) = await driver._fetch("SELECT CONNECTION_ID()")

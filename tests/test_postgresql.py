@@ -139,6 +139,7 @@ async def test_each_call_is_one_round_trip(server: Servers) -> None:
             == 1
         )
         assert await trips(lambda n: driver.get([Key(p, k) for p in many for k in "xyz"])) == 1
+        assert await trips(lambda n: driver.get([Key("p1", "x")])) == 1
         assert await trips(lambda n: driver.scan("p1", "", None, limit=2)) == 1
         assert await trips(lambda n: driver.scan("p1", "", None, limit=2, reverse=True)) == 1
         assert await trips(lambda n: driver.partitions(None, 100)) == 1
@@ -185,6 +186,7 @@ async def test_every_plan_uses_the_index(server: Servers) -> None:
         p, k = driver._name("p1"), b"0001"
         op = [1], [p], [k], [b"v"], [1], [2]
         for statement, arguments in (
+            (driver._get_one, (p, k)),
             (driver._get, ([p], [k])),
             (driver._scan, (p, k, b"9", 10)),
             (driver._scan_back, (p, k, b"9", 10)),
@@ -389,8 +391,9 @@ async def test_a_pooler_in_between_is_told(
 ) -> None:
     # A pooler answers for many backends, so the process it names is none of them.
     monkeypatch.setattr(asyncpg.Connection, "get_server_pid", lambda connection: 1)
-    async with opened(server("postgresql").url):
+    async with opened(server("postgresql").url) as driver:
         assert "statement_cache_size=0" in caplog.text
+        assert (await driver._fetch("SHOW plan_cache_mode"))[0][0] == "auto"  # others share the session
     caplog.clear()
     async with opened(server("postgresql").url, statement_cache_size=0):
         assert not caplog.records

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
 from pymongo import AsyncMongoClient, UpdateOne, WriteConcern
 
@@ -21,9 +22,9 @@ class ThinMongoDB:
 
     async def open(self) -> None:
         database = self._mongo.get_default_database("thin")
-        await database.drop_collection("thin")
-        await database.create_collection("thin")
-        self._values = database.get_collection("thin", write_concern=WriteConcern("majority", j=True))
+        name = f"thin_{uuid4().hex}"
+        await database.create_collection(name)
+        self._values = database.get_collection(name, write_concern=WriteConcern("majority", j=True))
 
     async def close(self) -> None:
         await self._values.drop()

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
 client_library: Any = import_module("persistence.drivers.mysql").client_library
 
-_CREATE = """CREATE TABLE thin (
+_CREATE = """CREATE TABLE {t} (
     s VARBINARY(255), n BIGINT, v LONGBLOB NOT NULL, ver BIGINT NOT NULL, PRIMARY KEY (s, n)) ENGINE=InnoDB"""
 _ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"  # as our driver has it
 
@@ -35,6 +36,7 @@ class ThinMySQL:
             "init_command": _ISOLATION,
         }
         self._size = size
+        self._table = f"thin_{uuid4().hex}"
         self._pool: Any = None
         self._held: Any = None
 
@@ -43,30 +45,31 @@ class ThinMySQL:
         self._pool = await client_library.create_pool(minsize=size, maxsize=size, **self._options)
         if self._size is None:
             self._held = await self._pool.acquire()
-        await self._run("DROP TABLE IF EXISTS thin")
-        await self._run(_CREATE)
+        await self._run(_CREATE.format(t=self._table))
 
     async def close(self) -> None:
-        await self._run("DROP TABLE thin")
+        await self._run(f"DROP TABLE {self._table}")
         if self._held is not None:
             self._pool.release(self._held)
         self._pool.close()
         await self._pool.wait_closed()
 
     async def append(self, session: str, number: int, value: bytes) -> None:
-        await self._run(f"INSERT INTO thin VALUES ('{session}', {number}, x'{value.hex()}', 1)")
+        await self._run(f"INSERT INTO {self._table} VALUES ('{session}', {number}, x'{value.hex()}', 1)")
 
     async def extend(self, session: str, first: int, values: Sequence[bytes]) -> None:
         rows = ", ".join(f"('{session}', {n}, x'{value.hex()}', 1)" for n, value in enumerate(values, first))
-        await self._run(f"INSERT INTO thin VALUES {rows}")
+        await self._run(f"INSERT INTO {self._table} VALUES {rows}")
 
     async def get(self, session: str, number: int) -> bytes:
-        _, rows = await self._run(f"SELECT v FROM thin WHERE s = '{session}' AND n = {number}")
+        _, rows = await self._run(f"SELECT v FROM {self._table} WHERE s = '{session}' AND n = {number}")
         value: bytes = rows[0][0]
         return value
 
     async def last(self, session: str, count: int) -> list[bytes]:
-        _, rows = await self._run(f"SELECT v FROM thin WHERE s = '{session}' ORDER BY n DESC LIMIT {count}")
+        _, rows = await self._run(
+            f"SELECT v FROM {self._table} WHERE s = '{session}' ORDER BY n DESC LIMIT {count}"
+        )
         return [row[0] for row in rows]
 
     async def swap(self, session: str, values: Sequence[bytes], old: int, new: int) -> None:
@@ -75,8 +78,8 @@ class ThinMySQL:
         )
         those = f"s = '{session}' AND n <= {len(values)} AND ver = {old}"
         affected, _ = await self._run(
-            f"INSERT INTO thin (s, n, v, ver) SELECT s, n, v, {new} FROM ({rows}) AS w"
-            f" WHERE (SELECT COUNT(*) FROM thin WHERE {those} FOR UPDATE) = {len(values)}"
+            f"INSERT INTO {self._table} (s, n, v, ver) SELECT s, n, v, {new} FROM ({rows}) AS w"
+            f" WHERE (SELECT COUNT(*) FROM {self._table} WHERE {those} FOR UPDATE) = {len(values)}"
             f" ON DUPLICATE KEY UPDATE v = w.v, ver = {new}"
         )
         if affected != 2 * len(values):  # the server counts an update as two

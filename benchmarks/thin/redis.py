@@ -7,8 +7,11 @@ condition. The same on a Cluster, where one session is one slot.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
+from uuid import uuid4
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 
@@ -33,14 +36,20 @@ return 1
 
 
 class ThinRedis:
-    """Keep values in hashes, through a pool of `size` connections, or on one where that is None."""
+    """Keep values in hashes, through a pool of `size` connections, or on one where that is None.
+
+    A Cluster's client has no pool that lets callers wait: there as many calls are made at once.
+    """
 
     client = "redis-py"
 
     def __init__(self, url: str, size: int | None, *, cluster: bool = False) -> None:
         self._redis: Any
+        self._turns: AbstractAsyncContextManager[Any] = nullcontext()
+        self._prefix = f"thin-{uuid4().hex}"
         if cluster:
-            self._redis = RedisCluster.from_url(url, max_connections=size or 1)
+            self._redis = RedisCluster.from_url(url)
+            self._turns = asyncio.Semaphore(size or 1)
         elif size is None:
             self._redis = Redis.from_url(url, single_connection_client=True)
         else:
@@ -59,23 +68,29 @@ class ThinRedis:
         await self.extend(session, number, [value])
 
     async def extend(self, session: str, first: int, values: Sequence[bytes]) -> None:
-        pairs = [part for n, value in enumerate(values, first) for part in (f"{n:012d}", value)]
-        if await self._redis.evalsha(self._append, 2, *_keys(session), *pairs):
-            raise KeyError(session)
+        async with self._turns:
+            if await self._redis.evalsha(self._append, 2, *self._keys(session), *_pairs(first, values)):
+                raise KeyError(session)
 
     async def get(self, session: str, number: int) -> bytes:
-        value: bytes = await self._redis.hget(_keys(session)[0], f"{number:012d}")
-        return value
+        async with self._turns:
+            value: bytes = await self._redis.hget(self._keys(session)[0], f"{number:012d}")
+            return value
 
     async def last(self, session: str, count: int) -> list[bytes]:
-        values: list[bytes] = await self._redis.evalsha(self._last, 2, *_keys(session), count)
-        return values
+        async with self._turns:
+            values: list[bytes] = await self._redis.evalsha(self._last, 2, *self._keys(session), count)
+            return values
 
     async def swap(self, session: str, values: Sequence[bytes], old: int, new: int) -> None:
-        pairs = [part for n, value in enumerate(values, 1) for part in (f"{n:012d}", value)]
-        if not await self._redis.evalsha(self._swap, 1, _keys(session)[0], old, new, *pairs):
-            raise RuntimeError(session)
+        async with self._turns:
+            name = self._keys(session)[0]
+            if not await self._redis.evalsha(self._swap, 1, name, old, new, *_pairs(1, values)):
+                raise RuntimeError(session)
+
+    def _keys(self, session: str) -> tuple[str, str]:
+        return f"{self._prefix}:{{{session}}}", f"{self._prefix}:{{{session}}}:keys"
 
 
-def _keys(session: str) -> tuple[str, str]:
-    return f"thin:{{{session}}}", f"thin:{{{session}}}:keys"
+def _pairs(first: int, values: Sequence[bytes]) -> list[str | bytes]:
+    return [part for number, value in enumerate(values, first) for part in (f"{number:012d}", value)]
