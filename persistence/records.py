@@ -65,6 +65,10 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
             return NotImplemented
         return self.to_mapping() == other.to_mapping()
 
+    def __ne__(self, other: object) -> bool:
+        # Struct brings a comparison of its own, which would not ask __eq__.
+        return not self == other
+
     __hash__ = None  # type: ignore[assignment]  # a record can be changed
 
     def __rich_repr__(self) -> Any:

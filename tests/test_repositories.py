@@ -108,6 +108,8 @@ async def test_a_record_comes_back_as_it_was_saved(p: Persistence) -> None:
     version = await p.images.save_image(full)
     found = await p.images.find_image_by_id("img_1")
     assert found == full
+    assert (found != full) is False
+    assert found != image()
     assert found is not None
     assert found.version == version
     assert list(found.metadata or {}) == list(full.metadata or {})
