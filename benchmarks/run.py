@@ -131,8 +131,9 @@ def _machine() -> list[str]:
     for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
+    state = f"load {os.getloadavg()[0]:.1f}, fsync {_fsync() * 1e6:.0f} µs"
     return [
-        f"{_processor()}, {os.cpu_count()} cores, fsync {_fsync() * 1e6:.0f} µs, load {os.getloadavg()[0]:.1f}, {platform.platform()}",
+        f"{_processor()}, {os.cpu_count()} cores, {state}, {platform.platform()}",
         f"{platform.python_implementation()} {platform.python_version()}, SQLite {sqlite3.sqlite_version}",
         ", ".join(f"{name} {number}" for name, number in found.items()),
     ]

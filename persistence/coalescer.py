@@ -53,7 +53,7 @@ from persistence.errors import (
 )
 from persistence.ids import random_version
 
-__all__ = ["CALL", "RETRY_SECONDS", "Call", "Coalescer", "Room", "backoff"]
+__all__ = ["CALL", "RETRY_SECONDS", "Call", "Coalescer", "Room", "backoff", "fail"]
 
 T = TypeVar("T")
 
@@ -104,6 +104,7 @@ class Room:
                 self._wake()  # the turn may have come just now: pass it on
                 raise
         self._free -= size
+        self._wake()  # one wakes the next: what was given back may be room for many
 
     def give(self, size: int) -> None:
         """Return what `take` reserved."""
@@ -194,7 +195,7 @@ class _Group:
         """Give every member the error."""
         self.settled = True
         for member in self.members:
-            _fail(member.future, error)
+            fail(member.future, error)
 
 
 class _Lane:
@@ -223,7 +224,7 @@ class Coalescer:
         self._pid = 0
         self._active = 0
         self._closed: asyncio.Future[None] | None = None  # done when the last public call has left
-        self._gone = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
         self.room = Room(_ROOM_BYTES)
 
     # ---- life
@@ -236,18 +237,21 @@ class Coalescer:
 
     async def close(self) -> None:
         """Let the public calls under way finish, then close the driver. Idempotent."""
-        if self._closed is None:
+        if self._closing is None:
             self.check()
             self._closed = asyncio.get_running_loop().create_future()
-            try:
-                if self._active:
-                    await self._closed
-                while tasks := self._under_way():
-                    await asyncio.wait(tasks)
-                await self._driver.close()
-            finally:
-                self._gone.set()
-        await self._gone.wait()
+            self._closing = asyncio.get_running_loop().create_task(self._close(self._closed))
+        elif self._closing.done():
+            return
+        # A caller who gives up waiting does not keep the driver open.
+        await asyncio.shield(self._closing)
+
+    async def _close(self, last_call_has_left: asyncio.Future[None]) -> None:
+        if self._active:
+            await last_call_has_left
+        while tasks := self._under_way():
+            await asyncio.wait(tasks)
+        await self._driver.close()
 
     def check(self) -> None:
         """Raise `ConfigurationError` where this object must not be used."""
@@ -350,7 +354,7 @@ class Coalescer:
         try:
             entries = await self._persist(call)
         except (Exception, asyncio.CancelledError) as error:
-            _fail(future, error)
+            fail(future, error)
         else:
             if not future.done():
                 future.set_result(entries)
@@ -441,8 +445,13 @@ class Coalescer:
 
     async def _commit_lane(self, lane: _Lane) -> None:
         try:
-            while batch := _next_batch(lane):
-                await self._commit(lane, batch)
+            while lane.queue:
+                # The lane first: what arrives while others use it can leave with this batch.
+                async with lane.free:
+                    batch = _next_batch(lane)
+                    if not batch:
+                        break
+                    await self._commit(lane, batch)
         except asyncio.CancelledError as error:
             for group in lane.queue:
                 group.fail(error)
@@ -455,7 +464,7 @@ class Coalescer:
             group.seal()
         cause: BaseException | None = None
         try:
-            outcomes = await self._send(lane, batch)
+            outcomes = await self._send(batch)
         except Exception as error:  # every outcome is unknown, and settled below
             cause = error
             outcomes = [None] * len(batch)
@@ -473,9 +482,8 @@ class Coalescer:
         if unknown:
             self.start(self._settle(lane, unknown, cause))
 
-    async def _send(self, lane: _Lane, groups: Sequence[_Group]) -> Sequence[bool | None]:
-        async with lane.free:
-            outcomes = await self._driver.commit([group.write for group in groups])
+    async def _send(self, groups: Sequence[_Group]) -> Sequence[bool | None]:
+        outcomes = await self._driver.commit([group.write for group in groups])
         if len(outcomes) != len(groups):
             message = f"the driver's commit() gave {len(outcomes)} outcomes for {len(groups)} writes"
             raise ConfigurationError(message)
@@ -501,7 +509,7 @@ class Coalescer:
             while True:
                 try:
                     await self._probe(groups)
-                    cause = await self._send_again(lane, groups, cause)
+                    await self._send_again(lane, groups, cause)
                 except _TRANSIENT as error:
                     cause = error
                 groups = self._unsettled(lane, groups)
@@ -536,21 +544,40 @@ class Coalescer:
         ]
         for at in range(0, len(probes), MAX_GET_KEYS):
             part = probes[at : at + MAX_GET_KEYS]
-            entries = await self._get([key for _, key in part])
+            try:
+                entries = await self._get([key for _, key in part])
+            except _TRANSIENT:
+                raise
+            except Exception:
+                if len(groups) == 1:
+                    raise
+                await self._probe_singly(groups)
+                return
             for (group, _), entry in zip(part, entries, strict=True):
                 if entry is not None and entry.version == group.write.version:
                     group.resolve(group.write.version)
 
-    async def _send_again(
-        self, lane: _Lane, groups: list[_Group], cause: BaseException | None
-    ) -> BaseException | None:
-        """Send each open group singly, so that a poison Write fails alone; return the last error."""
+    async def _probe_singly(self, groups: Sequence[_Group]) -> None:
+        """Look up each group for itself: what cannot be read of one partition is not the others' fault."""
+        for group in groups:
+            if group.settled:
+                continue
+            try:
+                await self._probe([group])
+            except _TRANSIENT:
+                raise
+            except Exception as error:
+                group.fail(_unknown(group, error))
+
+    async def _send_again(self, lane: _Lane, groups: list[_Group], cause: BaseException | None) -> None:
+        """Send each open group singly, so that a poison Write fails alone."""
         for group in [group for group in groups if not group.settled]:
             if not (group.hint or any(op.expect is not None for op in group.write.ops)):
                 group.fail(_unknown(group, cause))
                 continue
             try:
-                (outcome,) = await self._send(lane, [group])
+                async with lane.free:
+                    (outcome,) = await self._send([group])
             except _TRANSIENT:
                 # Let the others go first next time: it may be this one's shard alone.
                 groups.remove(group)
@@ -565,7 +592,6 @@ class Coalescer:
                 self._decide(lane, group, applied=outcome)
             elif outcome is False:
                 await self._refused(lane, group, cause)
-        return cause
 
     async def _refused(self, lane: _Lane, group: _Group, cause: BaseException | None) -> None:
         """Decide about a repeated Write that was refused: perhaps by its own first application."""
@@ -578,7 +604,11 @@ class Coalescer:
 
 
 def _unknown(group: _Group, cause: BaseException | None) -> PersistenceError:
-    if isinstance(cause, PersistenceError) and not isinstance(cause, UnavailableError):
+    if (
+        isinstance(cause, PersistenceError)
+        and not isinstance(cause, UnavailableError)
+        and cause.partition in (None, group.partition)
+    ):
         return cause  # the driver says why it cannot work: that tells the caller more
     error = OutcomeUnknownError("the store does not tell whether this was written", partition=group.partition)
     error.__cause__ = cause
@@ -649,10 +679,16 @@ def _size(op: Op) -> int:
     return len(op.key) + len(op.value) if isinstance(op, Put) else len(op.key)
 
 
-def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+def fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    """Give an error to one of those that share it: a copy, because callers add to what they raise."""
     if future.done():
         return
     if isinstance(error, asyncio.CancelledError):
         future.cancel()
+    elif isinstance(error, PersistenceError):
+        own = type(error).__new__(type(error), *error.args)  # a driver's class may have its own __init__
+        own.__dict__.update(error.__dict__)
+        own.__cause__ = error.__cause__
+        future.set_exception(own)
     else:
         future.set_exception(error)

@@ -49,6 +49,9 @@ _decode_json = msgspec.json.Decoder().decode
 
 _INT64 = 1 << 63
 _TOO_DEEP = "the value is nested too deeply, or holds itself"
+_MAX_TAGGED_DEPTH = 200  # taking tags off needs up to three frames a level
+_SPARE = 50  # levels that must be to spare: a reader's stack may be deeper than the writer's
+_NEVER_DEEP = 500  # bytes: too few for brackets that matter
 
 
 def encode(value: Any) -> tuple[bytes, bool]:
@@ -58,14 +61,14 @@ def encode(value: Any) -> tuple[bytes, bool]:
     """
     try:
         text = _encode_json(value)
-        if _same(value, _decode_json(text)):
+        if _same(value, _decoded_with_levels_to_spare(text)):
             return text, False
     except (TypeError, ValueError, OverflowError, msgspec.MsgspecError):
         pass  # told apart below, with the place of the culprit
     except RecursionError as error:
         raise InvalidValueError(_TOO_DEEP) from error
     try:
-        return _encode_json(_tagged(value, "")), True
+        return _encode_json(_tagged(value, "", 0)), True
     except RecursionError as error:
         raise InvalidValueError(_TOO_DEEP) from error
 
@@ -77,9 +80,20 @@ def decode(text: bytes | msgspec.Raw, tagged: bool) -> Any:
         return _untagged(value) if tagged else value
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
-    except (TypeError, KeyError, IndexError) as error:
+    except msgspec.MsgspecError as error:
+        raise ValueError(str(error)) from error
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
         message = f"malformed tag: {error}"
         raise ValueError(message) from error
+
+
+def _decoded_with_levels_to_spare(text: bytes) -> Any:
+    if len(text) <= _NEVER_DEEP:
+        return _decode_json(text)
+    value = _decode_json(b"[" * _SPARE + text + b"]" * _SPARE)
+    for _ in range(_SPARE):
+        (value,) = value
+    return value
 
 
 def _same(value: Any, back: Any) -> bool:
@@ -88,50 +102,62 @@ def _same(value: Any, back: Any) -> bool:
     return bool(value == back)
 
 
-def _tagged(value: Any, place: str) -> Any:
+def _tagged(value: Any, place: str, depth: int) -> Any:
+    if depth > _MAX_TAGGED_DEPTH:
+        raise InvalidValueError(_TOO_DEEP)
+    depth += 1
+    # Subclasses may show themselves otherwise (a member of a `str, Enum` as
+    # "Color.RED"): the base type's own methods tell what is stored.
     match value:
         case None | bool():
             return value
         case str():
             return _text(value, place)
         case int():
-            number = int(value)
+            number = int.__int__(value)
             return number if -_INT64 <= number < 2 * _INT64 else {"$int": hex(number)}
         case float():
-            real = float(value)
+            real = float.__float__(value)
             return real if math.isfinite(real) else {"$float": repr(real)}
         case dict():
-            return _tagged_dict(value, place)
+            return _tagged_dict(value, place, depth)
         case list():
-            return [_tagged(item, f"{place}[{index}]") for index, item in enumerate(value)]
+            return [_tagged(item, f"{place}[{index}]", depth) for index, item in enumerate(value)]
         case tuple():
-            return {"$tuple": [_tagged(item, f"{place}[{index}]") for index, item in enumerate(value)]}
+            return {"$tuple": [_tagged(item, f"{place}[{index}]", depth) for index, item in enumerate(value)]}
         case set():
-            return {"$set": [_tagged(item, f"{place}{{…}}") for item in value]}
+            return {"$set": [_tagged(item, f"{place}{{…}}", depth) for item in value]}
         case bytes():
             return {"$bytes": base64.b64encode(value).decode()}
         case datetime():
             zone = value.tzinfo.key if isinstance(value.tzinfo, ZoneInfo) else None
-            return {"$datetime": [value.isoformat(), value.fold, zone]}
+            return {"$datetime": [datetime.isoformat(value), value.fold, zone]}
         case date():
-            return {"$date": value.isoformat()}
+            return {"$date": date.isoformat(value)}
         case uuid.UUID():
             return {"$uuid": str(value)}
         case Decimal():
-            return {"$decimal": str(value)}
+            return {"$decimal": Decimal.__str__(value)}
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     message = f"a value of type {kind}{f' at {place}' if place else ''} cannot be stored exactly"
     raise InvalidValueError(message)
 
 
-def _tagged_dict(value: dict[Any, Any], place: str) -> dict[str, Any]:
+def _tagged_dict(value: dict[Any, Any], place: str, depth: int) -> dict[str, Any]:
     if all(isinstance(key, str) for key in value) and not _looks_tagged(value):
-        return {_text(key, place): _tagged(item, f"{place}.{key}") for key, item in value.items()}
-    pairs = [
-        [_tagged(key, f"{place} key {key!r:.80}"), _tagged(item, f"{place}[{key!r:.80}]")]
-        for key, item in value.items()
-    ]
+        return {_text(key, place): _tagged(item, f"{place}.{key}", depth) for key, item in value.items()}
+    pairs = []
+    for key, item in value.items():
+        shown = _shown(key)
+        pairs.append([_tagged(key, f"{place} key {shown}", depth), _tagged(item, f"{place}[{shown}]", depth)])
     return {"$map": pairs}
+
+
+def _shown(key: Any) -> str:
+    try:
+        return f"{key!r:.80}"
+    except ValueError:  # a number of too many digits to be written out
+        return f"({type(key).__name__})"
 
 
 def _looks_tagged(value: dict[Any, Any]) -> bool:
@@ -144,7 +170,7 @@ def _text(text: str, place: str) -> str:
     except UnicodeEncodeError as error:
         message = f"the text{f' at {place}' if place else ''} holds half a surrogate pair: no valid Unicode"
         raise InvalidValueError(message) from error
-    return str(text)
+    return str.__str__(text)
 
 
 def _untagged(value: Any) -> Any:
@@ -165,7 +191,7 @@ def _datetime(content: Any) -> datetime:
         try:
             # The text has the offset too; the zone alone decides, as it did before.
             moment = moment.replace(tzinfo=ZoneInfo(zone))
-        except ZoneInfoNotFoundError:
+        except (ZoneInfoNotFoundError, OSError):
             return moment.replace(fold=fold)  # a machine without this zone: the same instant, by its offset
     return moment.replace(fold=fold)
 
@@ -175,6 +201,13 @@ def _bytes(content: Any) -> bytes:
         return base64.b64decode(content, validate=True)
     except binascii.Error as error:
         raise ValueError(str(error)) from error
+
+
+def _list(content: Any) -> list[Any]:
+    if type(content) is not list:
+        message = "its content is no list"
+        raise TypeError(message)
+    return content
 
 
 def _decimal(content: Any) -> Decimal:
@@ -192,8 +225,8 @@ _UNTAG: dict[str, Callable[[Any], Any]] = {
     "$decimal": _decimal,
     "$float": float,
     "$int": lambda content: int(content, 16),
-    "$map": lambda content: {_untagged(key): _untagged(item) for key, item in content},
-    "$set": lambda content: {_untagged(item) for item in content},
-    "$tuple": lambda content: tuple(_untagged(item) for item in content),
+    "$map": lambda content: {_untagged(key): _untagged(item) for key, item in _list(content)},
+    "$set": lambda content: {_untagged(item) for item in _list(content)},
+    "$tuple": lambda content: tuple(_untagged(item) for item in _list(content)),
     "$uuid": uuid.UUID,
 }

@@ -16,6 +16,8 @@ from collections.abc import Callable
 
 __all__ = ["Clock", "IdFactory", "new_id", "now_ms", "random_version"]
 
+_MAX_MS = 0xFFFF_FFFF_FFFE  # one less than fits: the counter may carry
+
 Clock = Callable[[], int]
 """Gives Unix time in milliseconds."""
 
@@ -35,7 +37,7 @@ class IdFactory:
 
     def __call__(self) -> str:
         """Return a new id: 36 characters, lower case, sorting after every earlier one."""
-        fresh = (int(self._clock()) & 0xFFFF_FFFF_FFFF) << 12 | secrets.randbits(11)
+        fresh = min(max(int(self._clock()), 0), _MAX_MS) << 12 | secrets.randbits(11)
         with self._lock:
             # Within a millisecond, and while the clock lags behind, count up;
             # an overflow carries into the milliseconds by itself.

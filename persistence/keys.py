@@ -34,7 +34,7 @@ def encode_id(id: str, what: str = "id") -> str:
         message = f"{what} must be a text, not {type(id).__name__}"
         raise InvalidKeyError(message)
     if _PLAIN.fullmatch(id):
-        return id
+        return str.__str__(id)  # a member of a `str, Enum` would show itself as "Color.RED"
     try:
         raw = id.encode()
     except UnicodeEncodeError as error:

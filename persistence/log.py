@@ -23,12 +23,12 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET
 
-from persistence.coalescer import CALL, Call, backoff
+from persistence.coalescer import CALL, Call, backoff, fail
 from persistence.driver import ABSENT, MAX_WRITE_OPS, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
@@ -51,6 +51,8 @@ __all__ = [
     "StoredItem",
     "Tail",
 ]
+
+T = TypeVar("T")
 
 APPEND_ENTRIES: Final = 900
 """Entries that one append can add atomically."""
@@ -96,6 +98,12 @@ class LogBody(Body):
     r: list[Span] | msgspec.UnsetType = UNSET
 
 
+class _Read(LogBody):
+    """A stored object with its value decoded in the same go, which without tags is all there is to do."""
+
+    v: Any = UNSET
+
+
 class Item(NamedTuple):
     """An entry to append: its object with the value filled in, and its size in bytes."""
 
@@ -127,9 +135,9 @@ class _Append:
 
     __slots__ = ("call", "deadline", "edit", "expected_last", "future", "items", "looked", "once", "size")
 
-    def __init__(self, future: asyncio.Future[int], deadline: float) -> None:
+    def __init__(self, future: asyncio.Future[int]) -> None:
         self.future = future
-        self.deadline = deadline
+        self.deadline: float | None = None  # set when another writer was faster for the first time
         self.call: Call | None = CALL.get()
         self.items: Sequence[Item] = ()
         self.size = 0
@@ -171,6 +179,7 @@ class Log:
         self._queues: dict[str, _Queue] = {}
         self._tails: OrderedDict[str, Tail] = OrderedDict()
         self._decoder = msgspec.json.Decoder(LogBody)
+        self._read_decoder = msgspec.json.Decoder(_Read)
 
     # ---- appending
 
@@ -196,8 +205,7 @@ class Log:
         `ConflictError` if it is another, `NotFoundError` if the sequence was
         deleted, `UnavailableError` if others are faster for 10 seconds.
         """
-        loop = asyncio.get_running_loop()
-        append = _Append(loop.create_future(), loop.time() + _APPEND_SECONDS)
+        append = _Append(asyncio.get_running_loop().create_future())
         append.items = items
         append.size = sum(item.size for item in items)
         if once is not None:
@@ -218,8 +226,7 @@ class Log:
         Returns the version, `ABSENT` if it was refused (somebody was faster:
         call again), or None if `make` had nothing to change.
         """
-        loop = asyncio.get_running_loop()
-        append = _Append(loop.create_future(), loop.time() + _APPEND_SECONDS)
+        append = _Append(asyncio.get_running_loop().create_future())
         append.edit = make
         version = await self._enqueue(partition, append)
         return None if version < 0 else version
@@ -240,13 +247,13 @@ class Log:
         tail = self._remembered(partition)
         if tail is None or queue.waiting[0].edit is not None:
             return False
-        batch = self._take(queue, tail)
+        batch = self._take(partition, queue, tail)
         if not batch:
             return False
         try:
             flight = self._depart(partition, batch, tail)
         except Exception as error:
-            self._fail(batch, error)
+            _fail(batch, error)
             return False
 
         def landed(version: asyncio.Future[int]) -> None:
@@ -254,7 +261,7 @@ class Log:
                 if not self._arrive(partition, flight):
                     queue.waiting.extendleft(reversed(batch))
             except asyncio.CancelledError as error:
-                self._fail([*batch, *queue.waiting], error)
+                _fail([*batch, *queue.waiting], error)
                 queue.waiting.clear()
             if queue.waiting:
                 self._store.coalescer.start(self._drain(partition, queue))
@@ -274,7 +281,7 @@ class Log:
                 tail = self._remembered(partition)
                 if tail is None:
                     tail = await self._look(partition, queue)
-                batch = self._take(queue, tail)
+                batch = self._take(partition, queue, tail)
                 if not batch:
                     if queue.waiting:  # its first doubts what we remember
                         self._tails.pop(partition, None)
@@ -293,7 +300,7 @@ class Log:
             self._tails.pop(partition, None)
             # Those in flight have their answer; those that wait could not be
             # sent for the same reason.
-            self._fail([*batch, *queue.waiting], error)
+            _fail([*batch, *queue.waiting], error)
             queue.waiting.clear()
             if isinstance(error, asyncio.CancelledError):
                 raise
@@ -306,16 +313,18 @@ class Log:
         for append in queue.waiting:
             append.looked = True
         repeated = [append for append in queue.waiting if append.once is not None]
-        if not repeated:
-            return await self.tail(partition)
         keys = [Key(partition, append.once) for append in repeated if append.once is not None]
         tail, entries = await asyncio.gather(self.tail(partition), self._store.coalescer.get(keys))
         for append, entry in zip(repeated, entries, strict=True):
             if entry is not None and not append.future.done():
-                append.future.set_result(self._store.unpack(self._decoder, partition, entry).n)
+                try:
+                    append.future.set_result(self._unpack(partition, entry).n)
+                except CorruptRecordError as error:
+                    append.future.set_exception(error)
+        self._remember(partition, tail)
         return tail
 
-    def _take(self, queue: _Queue, tail: Tail) -> list[_Append]:
+    def _take(self, partition: str, queue: _Queue, tail: Tail) -> list[_Append]:
         """Take the appends that leave together. None while some wait: look at the end first."""
         batch: list[_Append] = []
         onces: set[str] = set()
@@ -328,7 +337,9 @@ class Log:
                 queue.waiting.popleft()
                 continue
             if append.edit is not None:
-                if not batch:
+                # It decides by the end that it is given, perhaps to change nothing:
+                # that must be no older than the call.
+                if not batch and append.looked:
                     batch.append(queue.waiting.popleft())
                 return batch
             count = len(append.items) + (append.once is not None)
@@ -336,7 +347,7 @@ class Log:
                 return batch
             if append.once is not None and append.once in onces:
                 return batch
-            doubt = self._doubt(append, tail, last, now)
+            doubt = _doubt(partition, append, tail, last, now)
             if doubt is not None:
                 if batch or not append.looked:
                     return batch
@@ -351,21 +362,12 @@ class Log:
             last = tail.number + sum(len(taken.items) for taken in batch)
         return batch
 
-    def _doubt(self, append: _Append, tail: Tail, last: int, now: float) -> PersistenceError | None:
-        if tail.deleted:
-            return NotFoundError("it was deleted; save it again first")
-        if append.expected_last is not None and append.expected_last != last:
-            return ConflictError(f"the last number is {last}, not {append.expected_last}")
-        if now > append.deadline:
-            return UnavailableError(f"other writers were faster for {_APPEND_SECONDS:.0f} seconds")
-        return None
-
     async def _send(self, partition: str, batch: list[_Append], tail: Tail) -> bool:
         """Write the batch after `tail`. False: refused, to be tried again."""
         try:
             flight = self._depart(partition, batch, tail)
         except Exception as error:  # the batch alone has failed, not those behind it
-            self._fail(batch, error)
+            _fail(batch, error)
             return True
         await asyncio.wait([flight.version])
         return self._arrive(partition, flight)
@@ -386,6 +388,8 @@ class Log:
             if append.once is not None:
                 ops.append(Put(append.once, pack(LogBody(n=firsts[-1], at=self._store.clock())), ABSENT))
         calls = [append.call for append in batch if append.call is not None]
+        for call in calls:
+            call.sent = True  # in a numbered batch nobody can step back any more
         end = Tail(number, count, tail.marker, number, False, _seconds())
         return _Flight(batch, firsts, end, self._store.coalescer.submit(partition, tuple(ops), calls=calls))
 
@@ -400,8 +404,11 @@ class Log:
             return True
         self._tails.pop(partition, None)
         if error is None:
+            deadline = asyncio.get_running_loop().time() + _APPEND_SECONDS
+            for append in flight.batch:
+                append.deadline = append.deadline or deadline
             return False
-        self._fail(flight.batch, error)  # it alone has failed, not those behind it
+        _fail(flight.batch, error)  # it alone has failed, not those behind it
         return True
 
     async def _send_edit(self, partition: str, append: _Append, tail: Tail) -> None:
@@ -412,21 +419,14 @@ class Log:
             version = -1
             if ops is not None:
                 calls = () if append.call is None else (append.call,)
+                for call in calls:
+                    call.sent = True
                 version = await self._store.coalescer.submit(partition, ops, calls=calls)
         except Exception as error:
-            self._fail([append], error)
+            _fail([append], error)
         else:
             if not append.future.done():
                 append.future.set_result(version)
-
-    def _fail(self, appends: Sequence[_Append], error: BaseException) -> None:
-        for append in appends:
-            if append.future.done():
-                continue
-            if isinstance(error, asyncio.CancelledError):
-                append.future.cancel()
-            else:
-                append.future.set_exception(error)
 
     # ---- the end of a sequence
 
@@ -435,7 +435,8 @@ class Log:
         since = _seconds()
         page = await self._store.coalescer.scan(partition, self._prefix, self._end, limit=1, reverse=True)
         tail = self._tail_of(partition, page.entries, since)
-        self._remember(partition, tail)
+        if partition not in self._queues:  # who appends there knows better
+            self._remember(partition, tail)
         return tail
 
     def _tail_of(self, partition: str, entries: Sequence[Entry], since: float) -> Tail:
@@ -443,9 +444,9 @@ class Log:
             return Tail(0, 0, 0, 0, False, since)
         body = self._unpack(partition, entries[0])
         number = self._number(partition, entries[0].key)
-        if body.k == "entry":
+        if body.k == "entry" and 0 < body.n <= number and 0 <= body.m < number:
             return Tail(number, body.n, body.m, number, False, since)
-        if body.k == "stub" or body.r is UNSET:
+        if body.k in ("entry", "stub") or body.r is UNSET:
             message = "the greatest entry is neither an entry nor a marker"
             raise CorruptRecordError(message, partition=partition, key=entries[0].key)
         last = body.r[-1][1] if body.r else 0
@@ -459,6 +460,9 @@ class Log:
         return tail
 
     def _remember(self, partition: str, tail: Tail) -> None:
+        known = self._tails.get(partition)
+        if known is not None and known.since > tail.since:
+            return
         self._tails[partition] = tail
         self._tails.move_to_end(partition)
         if len(self._tails) > _REMEMBERED:
@@ -483,15 +487,7 @@ class Log:
         """
         if limit == 0:
             return []
-        for attempt in range(_READ_TRIES):
-            try:
-                return await self._read(partition, above, below, limit, newest=newest)
-            except (_ChangedError, MissingChunkError):
-                # Hidden while we read: look again. What stays missing is corrupt.
-                if attempt == _READ_TRIES - 1:
-                    raise
-                await backoff(attempt)
-        raise AssertionError  # unreachable
+        return await _steadily(lambda: self._read(partition, above, below, limit, newest=newest))
 
     async def _read(
         self, partition: str, above: int, below: int | None, limit: int | None, *, newest: bool
@@ -561,14 +557,13 @@ class Log:
     async def _items(self, partition: str, found: list[tuple[int, Entry]]) -> list[StoredItem]:
         items = []
         for number, entry in found:
-            body = self._unpack(partition, entry)
+            body = self._store.unpack(self._read_decoder, partition, entry)
             if body.k != "entry":
                 message = f"entry {number} is hidden"
                 raise _ChangedError(message, partition=partition)
-            if body.c is UNSET:
-                value = self._store.inline_value(partition, entry.key, body)
-            else:
-                value = await self._store.value(partition, entry.key, body)
+            value = body.v
+            if body.t or value is UNSET:
+                value = await self._store.value(partition, entry.key, self._unpack(partition, entry))
             items.append(StoredItem(number, body.at, value))
         return items
 
@@ -629,8 +624,12 @@ class Log:
             hidden = _within(spans, 1 if through is None else through + 1, tail.number)
             return (self.marker(tail, "cut", kept),) if hidden else None
 
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _APPEND_SECONDS
         attempt = 0
-        while await self.edit(partition, make) == ABSENT:
+        while await _steadily(lambda: self.edit(partition, make)) == ABSENT:
+            if loop.time() > deadline:
+                raise _outpaced(partition)
             await backoff(attempt)
             attempt += 1
         if hidden:
@@ -645,6 +644,9 @@ class Log:
 
     async def hidden(self, partition: str) -> list[Span]:
         """Return the ranges of entries that are not visible, the last marker aside."""
+        return await _steadily(lambda: self._hidden(partition))
+
+    async def _hidden(self, partition: str) -> list[Span]:
         tail = await self.tail(partition)
         if not tail.marker:
             return []
@@ -737,6 +739,37 @@ class Log:
             if more:
                 start = after(page.entries[-1].key)
         return found
+
+
+async def _steadily(work: Callable[[], Awaitable[T]]) -> T:
+    """Do what reads a sequence, again if entries were hidden meanwhile. What stays missing is corrupt."""
+    for attempt in range(_READ_TRIES - 1):
+        try:
+            return await work()
+        except (_ChangedError, MissingChunkError):
+            await backoff(attempt)
+    return await work()
+
+
+def _doubt(partition: str, append: _Append, tail: Tail, last: int, now: float) -> PersistenceError | None:
+    if tail.deleted:
+        return NotFoundError("it was deleted; save it again first", partition=partition)
+    if append.expected_last is not None and append.expected_last != last:
+        message = f"the last number is {last}, not {append.expected_last}"
+        return ConflictError(message, partition=partition)
+    if append.deadline is not None and now > append.deadline:
+        return _outpaced(partition)
+    return None
+
+
+def _outpaced(partition: str) -> UnavailableError:
+    message = f"other writers were faster for {_APPEND_SECONDS:.0f} seconds"
+    return UnavailableError(message, partition=partition)
+
+
+def _fail(appends: Sequence[_Append], error: BaseException) -> None:
+    for append in appends:
+        fail(append.future, error)
 
 
 def _within(spans: Sequence[Span], low: int, high: int) -> list[Span]:

@@ -84,7 +84,7 @@ class Store:
 
     def __init__(self, coalescer: Coalescer, clock: Clock, ids: IdFactory) -> None:
         self.coalescer = coalescer
-        self.clock = clock
+        self.clock: Clock = lambda: int(clock())  # time.time() * 1000 gives a float
         self.ids = ids
 
     async def fill(self, partition: str, body: B, value: Any) -> B:
