@@ -51,7 +51,7 @@ _INT64 = 1 << 63
 _TOO_DEEP = "the value is nested too deeply, or holds itself"
 _MAX_TAGGED_DEPTH = 200  # taking tags off needs up to three frames a level
 _SPARE = 50  # levels that must be to spare: a reader's stack may be deeper than the writer's
-_NEVER_DEEP = 500  # bytes: too few for brackets that matter
+_NEVER_DEEP = 250  # brackets in a text, too few to nest deeply
 
 
 def encode(value: Any) -> tuple[bytes, bool]:
@@ -88,7 +88,7 @@ def decode(text: bytes | msgspec.Raw, tagged: bool) -> Any:
 
 
 def _decoded_with_levels_to_spare(text: bytes) -> Any:
-    if len(text) <= _NEVER_DEEP:
+    if text.count(b"[") + text.count(b"{") <= _NEVER_DEEP:
         return _decode_json(text)
     value = _decode_json(b"[" * _SPARE + text + b"]" * _SPARE)
     for _ in range(_SPARE):

@@ -46,7 +46,8 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> Self:
         """Return the record of these fields; raise `InvalidValueError` for a missing or mistyped one."""
-        known = {name: value for name, value in fields.items() if name in cls._stored_fields()}
+        stored = cls._stored_fields()
+        known = {name: value for name, value in fields.items() if name in stored}
         try:
             record = msgspec.convert(known, cls)
         except msgspec.ValidationError as error:
