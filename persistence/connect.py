@@ -6,11 +6,11 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Generator
-from importlib.metadata import entry_points
 from types import TracebackType
 from typing import Any, Self
 
 from persistence.calls import Repository, public
+from persistence.checkpoints import Checkpoints
 from persistence.coalescer import Coalescer
 from persistence.driver import Driver
 from persistence.errors import ConfigurationError, InvalidValueError, PersistenceError
@@ -35,6 +35,7 @@ class Persistence(Repository):
     sessions: Sessions
     prototypes: Prototypes
     llm_providers: LLMProviders
+    checkpoints: Checkpoints
 
     def __init__(self, driver: Driver, *, clock: Clock = now_ms) -> None:
         self._driver = driver
@@ -45,6 +46,7 @@ class Persistence(Repository):
         self.images = Images(store, self.sessions)
         self.prototypes = Prototypes(store)
         self.llm_providers = LLMProviders(store)
+        self.checkpoints = Checkpoints(store)
         self.containers = Containers(store, self.images, self.sessions, self.prototypes, self.llm_providers)
 
     def __repr__(self) -> str:
@@ -77,6 +79,7 @@ class Persistence(Repository):
             sessions=self.sessions,
             prototypes=self.prototypes,
             llm_providers=self.llm_providers,
+            checkpoints=self.checkpoints,
             dry_run=dry_run,
             tombstone_days=tombstone_days,
             progress=progress,
@@ -162,6 +165,8 @@ def driver_from_url(url: str) -> Driver:
     ``persistence.drivers``: a callable that takes the URL. Raises
     `ConfigurationError` that names the part of the URL at fault.
     """
+    from importlib.metadata import entry_points  # 10 ms that who passes a driver need not spend
+
     scheme, colon, _ = url.partition("://")
     points = {point.name: point for point in entry_points(group="persistence.drivers")}
     known = ", ".join(f"{name}://" for name in sorted(points))

@@ -34,7 +34,7 @@ from persistence.errors import (
     NotFoundError,
     PersistenceError,
 )
-from persistence.records import SessionRecord
+from persistence.records import ContainerRecord, ImageRecord, SessionRecord
 
 __all__ = ["Conversation", "Importer", "LineError", "Lines", "read_conversation", "standard_input"]
 
@@ -126,6 +126,8 @@ class Importer:
     bad: int = 0
     """Lines that could not be imported."""
 
+    _has_home: bool = False
+
     async def run(self, lines: AsyncIterable[bytes]) -> None:
         """Import `lines`, some at once. Raises the error that made it impossible to go on."""
         places = asyncio.Semaphore(_AT_ONCE)
@@ -196,6 +198,7 @@ class Importer:
             sessions.find_session_by_id(session_id), self._compare(conversation)
         )
         if record is None:
+            await self._give_home(conversation.given)
             # First of all, so that an import that stops here has not hidden anything from the listings.
             await sessions.save_session(conversation.record, expected_version=0)
         else:
@@ -213,6 +216,20 @@ class Importer:
             self.completed += 1
         else:
             self.unchanged += 1
+
+    async def _give_home(self, given: dict[str, Any]) -> None:
+        """Make the image and the container of lines that name none, so that `repair` finds no orphans."""
+        if self._has_home or {"image_id", "container_id"} <= given.keys():
+            return
+        self._has_home = True
+        container = ContainerRecord(container_id=self.container_id)
+        image = ImageRecord(
+            image_id=self.image_id, container_id=self.container_id, session_id="", name=self.image_id
+        )
+        with suppress(ConflictError):
+            await self.p.containers.save_container(container, expected_version=0)
+        with suppress(ConflictError):
+            await self.p.images.save_image(image, expected_version=0)
 
     async def _compare(self, conversation: Conversation) -> tuple[int, int]:
         """Return how many messages of the line are stored, and the number of the last one stored."""

@@ -153,7 +153,7 @@ def cut(state: Any) -> Cut:
 
 
 def _uncut(state: Any) -> Cut:
-    """Make one piece of a state that is nested deeper than can be walked, but not than JSON may be."""
+    """Make one piece of a state that has no parts, or is nested deeper than can be walked."""
     text, tagged = codec.encode([state])
     piece = (_FORMAT_TAGGED if tagged else _FORMAT) % text
     try:
@@ -162,7 +162,7 @@ def _uncut(state: Any) -> Cut:
         message = "the value is nested too deeply"
         raise InvalidValueError(message) from error
     if len(piece) > MAX_VALUE_BYTES:
-        message = f"the value is nested too deeply for its {len(piece):,} bytes"
+        message = f"the state has {len(piece):,} bytes and cannot be cut"
         raise InvalidValueError(message)
     root = Node("o")
     root.parts.append(0)
@@ -188,6 +188,8 @@ class _Cutter:
         found = self._visit(state, self.grain.group, _UPPER_LEVELS)
         if not isinstance(found, Node):
             text, tagged = self._encoded(state, self.exotic)
+            if len(text) > self.grain.leaf:  # a single Decimal, say, of very many digits
+                return _uncut(state)
             root = Node("V" if tagged else "v")
             root.parts.append(Raw(text))
             return Cut(root, [], [], len(text))
@@ -208,7 +210,7 @@ class _Cutter:
         if kind is int:
             if not -_INT64 <= value < 2 * _INT64:
                 self.exotic = True
-                return value.bit_length() // 4
+                return int(value).bit_length() // 4
             return 8
         if kind is float:
             if not isfinite(value):
@@ -302,9 +304,7 @@ class _Cutter:
 
     # ---- cutting
 
-    def _cut_items(
-        self, kind: str, items: list[Any], sizes: list[int | Node], exotics: list[bool]
-    ) -> Node:
+    def _cut_items(self, kind: str, items: list[Any], sizes: list[int | Node], exotics: list[bool]) -> Node:
         node = Node(kind)
         full = self.grain.group
         self._add(1)  # two brackets, less the comma that follows no last item
@@ -330,9 +330,7 @@ class _Cutter:
             self._store(node, items[first:], weight, exotic)
         return node
 
-    def _cut_members(
-        self, value: dict[Any, Any], sizes: list[int | Node], exotics: list[bool]
-    ) -> Node:
+    def _cut_members(self, value: dict[Any, Any], sizes: list[int | Node], exotics: list[bool]) -> Node:
         node = Node("d")
         full = self.grain.group
         self._add(1)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from persistence.checkpoints import Checkpoints
 from persistence.collection import RECORD, Collection, Place, RecordBody
 from persistence.driver import Delete, Key
 from persistence.errors import CorruptRecordError
@@ -51,6 +52,12 @@ class RepairReport(msgspec.Struct, kw_only=True):
     """Cascading deletes that had been interrupted."""
     tombstones_removed: int = 0
     """Traces of things deleted long ago."""
+    pieces_removed: int = 0
+    """Parts of states that no checkpoint needs."""
+    uploads_ended: int = 0
+    """Puts of large states that were interrupted."""
+    threads_expired: int = 0
+    """Threads of checkpoints whose time had come."""
     orphan_count: int = 0
     orphans: list[str] = msgspec.field(default_factory=list)
     """Records whose container or image does not exist: named, and left as they are (1,000 at most)."""
@@ -71,6 +78,7 @@ class Repair:
         sessions: Sessions,
         prototypes: Prototypes,
         llm_providers: LLMProviders,
+        checkpoints: Checkpoints,
         dry_run: bool,
         tombstone_days: float,
         progress: Callable[[int], None] | None,
@@ -92,6 +100,7 @@ class Repair:
             llm_providers.records,
         ]
         self._collections = {collection.kind.name: collection for collection in collections}
+        self._checkpoints = checkpoints
         self._children: dict[str, Callable[[str], Awaitable[Any]]] = {
             "container": containers.delete_children,
             "image": images.delete_children,
@@ -113,7 +122,9 @@ class Repair:
         kind = partition.partition("/")[0]
         steps: list[Callable[[str], Awaitable[None]]] = []
         if kind == "index":
-            steps = [self._sweep_hints]
+            steps = [self._sweep_hints, self._sweep_checkpoint_hints]
+        elif self._checkpoints.kind_of(partition) is not None:
+            steps = [self._thread]
         elif kind in self._collections:
             steps = [self._record, self._sweep_hints, self._chunks]
             if kind == "session":
@@ -216,6 +227,28 @@ class Repair:
             return [(self._collections[name], Place(partition))] if name in self._collections else []
         children = {"container": ("image", "session", "prototype", "llm-provider"), "image": ("session",)}
         return [(self._collections[child], Place(partition, f"{child}/")) for child in children.get(kind, ())]
+
+    # ---- checkpoints
+
+    async def _thread(self, partition: str) -> None:
+        threads = self._checkpoints.kind_of(partition)
+        if threads is None:
+            return
+        done = await threads.repair(partition, before=self._tombstones_before, dry_run=self.dry_run)
+        self.report.pieces_removed += done.pieces_removed
+        self.report.uploads_ended += done.uploads_ended
+        self.report.hints_added += done.hints_added
+        self.report.threads_expired += done.expired
+        self.report.tombstones_removed += done.forgotten
+        self.report.corrupt_count += len(done.corrupt)
+        self.report.corrupt += done.corrupt[: max(0, _NAMED - len(self.report.corrupt))]
+
+    async def _sweep_checkpoint_hints(self, partition: str) -> None:
+        threads = self._checkpoints.kind_of(partition)
+        if threads is not None:
+            before = self._now - HINT_AGE_MS
+            swept = await threads.sweep_hints(partition, before=before, dry_run=self.dry_run)
+            self.report.hints_removed += swept
 
     # ---- chunks
 

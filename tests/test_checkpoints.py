@@ -227,7 +227,7 @@ async def test_labels_can_be_changed(p: Persistence) -> None:
 
 async def test_times_are_the_callers_and_order_is_the_stores(p: Persistence) -> None:
     moment = datetime(2026, 1, 2, tzinfo=UTC)
-    times = [moment, 5, 1.75, lambda: 3.5, -7]
+    times: list[Any] = [moment, 5, 1.75, lambda: 3.5, -7]
     metas = [await p.checkpoints.put("t", i, now=now) for i, now in enumerate(times)]
     assert [meta.created_at for meta in metas] == [1767312000000, 5, 1, 3, -7]
     assert await p.checkpoints.get("t") == 4
@@ -429,7 +429,8 @@ async def test_deleting_a_thread_removes_all_of_it(p: Persistence) -> None:
     assert await p.checkpoints.delete("t") == 4
     assert await p.checkpoints.get("t") is None
     assert await p.checkpoints.get("t", metas[0].id) is None
-    assert await p.checkpoints.list("t") == await p.checkpoints.list_threads() == []
+    assert await p.checkpoints.list("t") == []
+    assert await p.checkpoints.list_threads() == []
     assert [key for key, _ in await stored(p)] == ["head"]
     assert await p.checkpoints.delete("t") == 0
 
@@ -522,7 +523,8 @@ async def test_threads_are_listed_and_counted(p: Persistence) -> None:
         await p.checkpoints.put(f"t{i}", i)
     await p.checkpoints.put("t0", 8)
     assert await p.checkpoints.count_threads() == 7
-    found, cursor = [], None
+    found: list[Any] = []
+    cursor = None
     while True:
         page = await p.checkpoints.list_threads(limit=3, cursor=cursor)
         found += page
@@ -812,13 +814,14 @@ async def test_a_conversation_is_run_killed_and_resumed(
         # Another process after every fourth message.
         async with create_persistence(make_driver()) as p:
             resumed = await p.checkpoints.read("airline")
-            snapshot = {"version": 2, "messages": [], "step": 0} if resumed is None else resumed.state
+            start: dict[str, Any] = {"version": 2, "messages": [], "step": 0}
+            snapshot = start if resumed is None else resumed.state
             assert snapshot["messages"] == messages[:done]
             for message in messages[done : done + 4]:
                 snapshot["messages"].append(message)
                 snapshot["step"] += 1
-                latest = 0 if resumed is None and snapshot["step"] == 1 else None
-                await p.checkpoints.put("airline", snapshot, expected_latest=latest)
+                latest = (await p.checkpoints.list("airline", limit=1))[:1]
+                await p.checkpoints.put("airline", snapshot, expected_latest=latest[0].id if latest else 0)
             done = len(snapshot["messages"])
     async with create_persistence(make_driver()) as p:
         assert (await p.checkpoints.get("airline"))["messages"] == messages

@@ -77,7 +77,7 @@ def test_what_is_no_unicode_or_too_long_is_no_id() -> None:
 
 
 def test_equal_texts_have_one_name_whatever_their_class() -> None:
-    class Name(str, enum.Enum):
+    class Name(str, enum.Enum):  # noqa: UP042 - a StrEnum shows itself as its value
         A = "a"
         B = "b c"
 

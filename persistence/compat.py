@@ -1,0 +1,382 @@
+"""Other spellings: the shapes and names by which the ancestors' callers know these things.
+
+`SQLiteStorage`, `MySQLStorage`, `PostgresStorage`: checkpoints of agents and
+applications behind the interface ``AgentCheckpointStorage``, with the method
+names of its documentation and those of its code. `storage` makes one of its
+configuration. `Checkpointer`: threads of snapshots, where `put` gives an id.
+
+What they hold is what `Persistence.checkpoints` holds; the two can be mixed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from math import isinf
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Final, Self
+
+import msgspec
+
+from persistence.checkpoints import (
+    DEFAULT_CAP,
+    AgentCheckpointListItem,
+    AppCheckpointListItem,
+    CheckpointMeta,
+    Checkpoints,
+    StoredAgentCheckpoint,
+    StoredAppCheckpoint,
+)
+from persistence.collection import Listing
+from persistence.connect import Persistence, create_persistence
+from persistence.driver import Driver
+from persistence.errors import ConfigurationError, InvalidValueError
+from persistence.options import masked_url
+
+__all__ = [
+    "AgentCheckpointStorage",
+    "Checkpointer",
+    "MySQLConfig",
+    "MySQLStorage",
+    "PaginatedResult",
+    "PostgresConfig",
+    "PostgresStorage",
+    "SQLiteConfig",
+    "SQLiteStorage",
+    "StorageConfig",
+    "storage",
+    "storage_config",
+]
+
+_DEFAULT_LIMIT: Final = 50
+_CAMEL = re.compile(r"(?<=[a-z0-9])[A-Z]")
+
+
+# ---- configuration
+
+
+class _Config(msgspec.Struct, frozen=True, tag_field="type", rename="camel", forbid_unknown_fields=True):
+    pass
+
+
+class SQLiteConfig(_Config, tag="sqlite", frozen=True):
+    """A file. `migrations_folder` is accepted and not needed: there is nothing to migrate."""
+
+    database_path: str
+    migrations_folder: str | None = None
+
+
+class _Server(_Config, frozen=True):
+    connection_string: str
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({masked_url(self.connection_string)!r})"
+
+
+class MySQLConfig(_Server, tag="mysql", frozen=True):
+    """A MySQL or MariaDB server, by its URL."""
+
+    __repr__ = _Server.__repr__
+
+
+class PostgresConfig(_Server, tag="postgres", frozen=True):
+    """A PostgreSQL server, by its URL."""
+
+    __repr__ = _Server.__repr__
+
+
+StorageConfig = SQLiteConfig | MySQLConfig | PostgresConfig
+
+
+def storage_config(config: Mapping[str, Any] | StorageConfig) -> StorageConfig:
+    """Return a configuration, checked: ``{"type": "sqlite", "databasePath": …}`` and its siblings.
+
+    `type` is ``sqlite``, ``mysql`` or ``postgres``; the latter two take
+    `connectionString`. Names may be in snake_case too. Raises `ConfigurationError`.
+    """
+    if isinstance(config, SQLiteConfig | MySQLConfig | PostgresConfig):
+        return config
+    if not isinstance(config, Mapping):
+        message = f"the storage's configuration must be a mapping, not {type(config).__name__}"
+        raise ConfigurationError(message)
+    try:
+        fields = {_camel(str(name)): value for name, value in config.items()}
+        checked: StorageConfig = msgspec.convert(fields, StorageConfig)
+    except msgspec.ValidationError as error:
+        message = f"the storage's configuration: {error}"
+        raise ConfigurationError(message) from None
+    return checked
+
+
+def storage(config: Mapping[str, Any] | StorageConfig) -> AgentCheckpointStorage:
+    """Return the storage of a configuration, not started."""
+    checked = storage_config(config)
+    if isinstance(checked, SQLiteConfig):
+        return SQLiteStorage(checked.database_path)
+    if isinstance(checked, MySQLConfig):
+        return MySQLStorage(checked.connection_string)
+    return PostgresStorage(checked.connection_string)
+
+
+# ---- checkpoints of agents and applications
+
+
+class PaginatedResult(msgspec.Struct, kw_only=True):
+    """A page of a listing, by offset."""
+
+    items: list[Any]
+    total: int
+    has_more: bool
+    limit: int
+    offset: int
+
+
+class AgentCheckpointStorage:
+    """Checkpoints of agents and applications on one store, which `start` opens.
+
+    Checkpoints may be given with the fields of either spelling, ``agentId`` or ``agent_id``.
+    """
+
+    name: ClassVar[str] = "AgentCheckpointStorage"
+    description: ClassVar[str] = "Agent checkpoint storage provider"
+
+    def __init__(self, driver: Driver, display_name: str) -> None:
+        self.display_name = display_name
+        self._driver = driver
+        self._persistence: Persistence | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.display_name}>"
+
+    async def start(self) -> None:
+        """Open the store, and create what is missing. Idempotent."""
+        if self._persistence is None:
+            self._persistence = await create_persistence(self._driver)
+
+    async def stop(self) -> None:
+        """Close the store. Idempotent."""
+        opened, self._persistence = self._persistence, None
+        if opened is not None:
+            await opened.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # as documented
+
+    async def store_checkpoint(self, data: Mapping[str, Any]) -> str:
+        """Store a checkpoint of an agent; return its new id."""
+        return await self._checkpoints.store_checkpoint(_snake(data))
+
+    async def retrieve_checkpoint(self, id: str) -> StoredAgentCheckpoint | None:
+        """Return a checkpoint of an agent, None if there is none."""
+        return await self._checkpoints.retrieve_checkpoint(str(id))
+
+    async def list_checkpoints(self) -> Listing[AgentCheckpointListItem]:
+        """Return all checkpoints of agents without their states, newest first."""
+        return await self._checkpoints.list_checkpoints()
+
+    # as coded
+
+    async def store_agent_checkpoint(self, data: Mapping[str, Any]) -> str:
+        """Do what `store_checkpoint` does."""
+        return await self.store_checkpoint(data)
+
+    async def retrieve_agent_checkpoint(self, id: str) -> StoredAgentCheckpoint | None:
+        """Do what `retrieve_checkpoint` does."""
+        return await self.retrieve_checkpoint(id)
+
+    async def list_agent_checkpoints(
+        self, options: Mapping[str, Any] | None = None
+    ) -> list[AgentCheckpointListItem] | PaginatedResult:
+        """Return all checkpoints of agents; with `options`, of the newest version, a page of them.
+
+        `options`: sessionId, agentId, agentType, limit (50), offset, before, after,
+        orderBy (createdAt or id), orderDir (ASC or DESC). Any other is refused.
+        """
+        if options is None:
+            return await self.list_checkpoints()
+        known = ("session_id", "agent_id", "agent_type", "before", "after", "order_by", "order_dir")
+        filters, limit, offset = _options(options, known)
+        if "order_by" in filters:
+            filters["order_by"] = _snake_name(filters["order_by"])
+        found = await self._checkpoints.list_checkpoints(**filters)
+        return _paginated(found, limit, offset)
+
+    async def store_app_checkpoint(self, data: Mapping[str, Any]) -> str:
+        """Store a checkpoint of an application; return its new id."""
+        return await self._checkpoints.store_app_checkpoint(_snake(data))
+
+    async def retrieve_app_checkpoint(self, id: str) -> StoredAppCheckpoint | None:
+        """Return a checkpoint of an application, None if there is none."""
+        return await self._checkpoints.retrieve_app_checkpoint(str(id))
+
+    async def list_app_checkpoints(
+        self, options: Mapping[str, Any] | None = None
+    ) -> list[AppCheckpointListItem] | PaginatedResult:
+        """Return all checkpoints of applications; with `options` (sessionId, limit, …), a page of them."""
+        if options is None:
+            return await self._checkpoints.list_app_checkpoints()
+        known = ("session_id", "hostname", "working_directory", "before", "after")
+        filters, limit, offset = _options(options, known)
+        return _paginated(await self._checkpoints.list_app_checkpoints(**filters), limit, offset)
+
+    async def retrieve_latest_app_checkpoint(self) -> StoredAppCheckpoint | None:
+        """Return the newest checkpoint of any application, None if there is none."""
+        return await self._checkpoints.retrieve_latest_app_checkpoint()
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        if self._persistence is None:
+            message = f"{self.name} is not started: call start()"
+            raise ConfigurationError(message)
+        return self._persistence.checkpoints
+
+
+class SQLiteStorage(AgentCheckpointStorage):
+    """Checkpoints in an SQLite file."""
+
+    name = "SQLiteStorage"
+    description = "SQLite storage provider"
+
+    def __init__(self, database_path: str) -> None:
+        driver = _module("sqlite").SQLiteDriver(Path(database_path))
+        super().__init__(driver, f"SQLite ({database_path})")
+
+
+class MySQLStorage(AgentCheckpointStorage):
+    """Checkpoints on a MySQL or MariaDB server."""
+
+    name = "MySQLStorage"
+    description = "MySQL storage provider"
+
+    def __init__(self, connection_string: str) -> None:
+        url = _url(connection_string, ("mysql", "mariadb"), "mysql")
+        super().__init__(_module("mysql").from_url(url), f"MySQL ({masked_url(connection_string)})")
+
+
+class PostgresStorage(AgentCheckpointStorage):
+    """Checkpoints on a PostgreSQL server."""
+
+    name = "PostgresStorage"
+    description = "Postgres storage provider"
+
+    def __init__(self, connection_string: str) -> None:
+        url = _url(connection_string, ("postgresql", "postgres"), "postgresql")
+        super().__init__(_module("postgresql").from_url(url), f"Postgres ({masked_url(connection_string)})")
+
+
+# ---- threads of snapshots
+
+
+class Checkpointer:
+    """Threads of snapshots: what agents call ``checkpointer``. `now` gives Unix milliseconds."""
+
+    def __init__(
+        self,
+        persistence: Persistence,
+        *,
+        max_checkpoints_per_thread: float | None = DEFAULT_CAP,
+        now: Callable[[], float] | None = None,
+    ) -> None:
+        if isinstance(max_checkpoints_per_thread, float) and isinf(max_checkpoints_per_thread):
+            max_checkpoints_per_thread = None
+        self._checkpoints = persistence.checkpoints
+        self._cap = max_checkpoints_per_thread
+        self._now = now
+
+    async def put(self, thread_id: str, snapshot: Any) -> str:
+        """Store a snapshot; return the id of the checkpoint."""
+        meta = await self._checkpoints.put(
+            thread_id,
+            snapshot,
+            max_checkpoints_per_thread=self._cap,  # type: ignore[arg-type]  # checked there
+            now=self._now,
+        )
+        return meta.id
+
+    async def get(self, thread_id: str, checkpoint_id: str | None = None) -> Any:
+        """Return a snapshot, by default the latest; None if there is none."""
+        return await self._checkpoints.get(thread_id, checkpoint_id)
+
+    async def list(self, thread_id: str, options: Mapping[str, Any] | None = None) -> Listing[CheckpointMeta]:
+        """Return what is known of the checkpoints, newest first; ``{"limit": …}`` at most so many."""
+        limit = (options or {}).get("limit")
+        if isinstance(limit, float):
+            limit = None if not limit < float("inf") else int(limit // 1)
+        return await self._checkpoints.list(thread_id, limit=limit)
+
+    async def delete(self, thread_id: str, checkpoint_id: str | None = None) -> None:
+        """Delete a thread, or one checkpoint of it; nothing where there is none."""
+        await self._checkpoints.delete(thread_id, checkpoint_id)
+
+    async def thread_count(self) -> int:
+        """Count the threads."""
+        return await self._checkpoints.count_threads()
+
+
+# ---- behind them
+
+
+def _module(driver: str) -> Any:
+    return importlib.import_module(f"persistence.drivers.{driver}")
+
+
+def _url(connection_string: str, schemes: tuple[str, ...], scheme: str) -> str:
+    given, colon, rest = connection_string.partition("://")
+    if not colon or given.lower() not in schemes:
+        message = f"the connection string must be an URL that begins with {schemes[0]}://"
+        raise ConfigurationError(message)
+    return f"{scheme}://{rest}"
+
+
+def _snake_name(name: str) -> str:
+    return _CAMEL.sub(lambda match: f"_{match[0].lower()}", name)
+
+
+def _camel(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(map(str.capitalize, others))
+
+
+_KNOWN: Final = frozenset(
+    "agent_id session_id agent_type name state created_at hostname working_directory id".split()
+)
+
+
+def _snake(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a checkpoint in our spelling; one that we do not know keeps its own."""
+    if isinstance(data, msgspec.Struct):
+        data = msgspec.structs.asdict(data)
+    if not isinstance(data, Mapping):
+        message = f"a checkpoint must be a mapping, not {type(data).__name__}"
+        raise InvalidValueError(message)
+    return {snake if (snake := _snake_name(name)) in _KNOWN else name: value for name, value in data.items()}
+
+
+def _options(options: Mapping[str, Any], known: tuple[str, ...]) -> tuple[dict[str, Any], int, int]:
+    given = {_snake_name(name): value for name, value in options.items() if value is not None}
+    unknown = [name for name in given if name not in (*known, "limit", "offset")]
+    if unknown:
+        message = f"unknown options: {', '.join(unknown)}"
+        raise InvalidValueError(message)
+    limit, offset = given.pop("limit", _DEFAULT_LIMIT), given.pop("offset", 0)
+    if type(limit) is not int or limit < 1 or type(offset) is not int or offset < 0:
+        message = f"limit={limit!r}, offset={offset!r}: use whole numbers, limit from 1 and offset from 0 on"
+        raise InvalidValueError(message)
+    return given, limit, offset
+
+
+def _paginated(found: list[Any], limit: int, offset: int) -> PaginatedResult:
+    end = offset + limit
+    return PaginatedResult(
+        items=list(found[offset:end]), total=len(found), has_more=end < len(found), limit=limit, offset=offset
+    )
