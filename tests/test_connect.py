@@ -121,7 +121,7 @@ def test_another_event_loop_is_refused(tmp_path: Path) -> None:
     runner = asyncio.Runner()
     p = runner.run(opened())
     with pytest.raises(ConfigurationError, match="another event loop"):
-        asyncio.run(p.sessions.add_message("s", {}))  # type: ignore[arg-type]
+        asyncio.run(p.sessions.add_message("s", {}))
     runner.run(p.close())
     runner.close()
 

@@ -192,12 +192,11 @@ async def test_9_a_crash_between_two_writes_loses_nothing_and_shows_nothing_wron
                     assert record.name == name
                     assert await after.images.find_image_by_id(record.image_id) == record
             for id in ("i", "j"):
-                record = await after.images.find_image_by_id(id)
-                if record is not None:  # whoever finds it by id finds it in every listing
-                    assert id in await names(after, record.name)
-                    listed = await after.images.find_images_by_container_id(record.container_id)
-                    assert record in listed
-                    assert record in await after.images.find_all_images()
+                found = await after.images.find_image_by_id(id)
+                if found is not None:  # whoever finds it by id finds it in every listing
+                    assert id in await names(after, found.name)
+                    assert found in await after.images.find_images_by_container_id(found.container_id)
+                    assert found in await after.images.find_all_images()
             if await after.sessions.session_exists("s"):
                 assert await after.sessions.get_messages("s") == [{"n": 1}]
             else:
@@ -282,7 +281,7 @@ async def test_15_a_key_is_in_no_repr_and_no_error() -> None:
     )
     assert "sk-secret" not in repr(record)
     assert "sk-secret" not in f"{record}"
-    record = ImageRecord(
+    with_servers = ImageRecord(
         image_id="i",
         container_id="c",
         session_id="s",
@@ -290,7 +289,7 @@ async def test_15_a_key_is_in_no_repr_and_no_error() -> None:
         mcp_servers={"m": {"env": {"TOKEN": "sk-secret"}}},
         extra={"api_key": "sk-secret"},
     )
-    assert "sk-secret" not in repr(record)
+    assert "sk-secret" not in repr(with_servers)
 
 
 async def test_15_a_closed_object_says_so(p: Persistence) -> None:
