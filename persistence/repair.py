@@ -159,7 +159,7 @@ class Repair:
         elif body.deleted is not None and body.deleted < self._tombstones_before:
             self.report.tombstones_removed += 1
             if not self.dry_run:
-                await drop_chunks(self.store, partition, _nothing, body.deleted)
+                await drop_chunks(self.store, partition, _nothing, body.deleted + 1)
                 if collection.kind.name == "session":
                     await self._sessions.log.forget(partition, Delete(RECORD, version), body.deleted)
                 else:
@@ -192,9 +192,12 @@ class Repair:
         log = self._sessions.log
         hidden = await log.hidden(partition)
         if hidden:
-            self.report.entries_emptied += await log.empty(partition, hidden, dry_run=self.dry_run)
+            # Counted after the await: other partitions are visited meanwhile.
+            emptied = await log.empty(partition, hidden, dry_run=self.dry_run)
+            self.report.entries_emptied += emptied
             before = self._now - DAY_MS
-            self.report.stubs_removed += await log.drop_stubs(partition, hidden, before, dry_run=self.dry_run)
+            dropped = await log.drop_stubs(partition, hidden, before, dry_run=self.dry_run)
+            self.report.stubs_removed += dropped
 
     # ---- listings
 
@@ -262,9 +265,9 @@ class Repair:
                 found |= await self._sessions.log.chunk_ids(partition)
             return found
 
-        self.report.chunks_removed += await drop_chunks(
-            self.store, partition, used, self._now - HINT_AGE_MS, dry_run=self.dry_run
-        )
+        before = self._now - HINT_AGE_MS
+        dropped = await drop_chunks(self.store, partition, used, before, dry_run=self.dry_run)
+        self.report.chunks_removed += dropped
 
 
 async def drop_chunks(
