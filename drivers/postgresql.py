@@ -479,7 +479,13 @@ class PostgreSQLDriver:
                     raise
                 finally:
                     await pool.release(connection)
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            # InternalClientError: what asyncpg makes of a connection that is lost at a bad moment.
+            except (
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
+                OSError,
+            ) as error:
                 late = asyncio.get_running_loop().time() > deadline
                 if late or not isinstance(error, _RETRIED):
                     raise self._translated(error) from error
