@@ -73,7 +73,7 @@ class Call:
     __slots__ = ("sent",)
 
     def __init__(self) -> None:
-        self.sent = False  # True once a write of this call has been handed to the driver
+        self.sent = False  # True once a write of this call may leave, whatever becomes of its caller
 
 
 CALL: ContextVar[Call | None] = ContextVar("persistence_call", default=None)
@@ -136,10 +136,24 @@ class _Member:
 class _Group:
     """Members that travel as one Write."""
 
-    __slots__ = ("hint", "keys", "members", "mergeable", "ops", "partition", "settled", "size", "write")
+    __slots__ = (
+        "hint",
+        "keys",
+        "members",
+        "mergeable",
+        "ops",
+        "partition",
+        "settled",
+        "since",
+        "size",
+        "write",
+    )
 
-    def __init__(self, partition: str, members: list[_Member], *, hint: bool, merged: bool) -> None:
+    def __init__(
+        self, partition: str, members: list[_Member], *, hint: bool, merged: bool, since: float
+    ) -> None:
         self.partition = partition
+        self.since = since  # when it was asked for
         self.members = members
         self.hint = hint
         self.ops = sum(len(member.ops) for member in members)
@@ -433,9 +447,11 @@ class Coalescer:
         if calls is None:
             call = CALL.get()
             calls = () if call is None else (call,)
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[int] = loop.create_future()
         lane = self._lanes[crc32(partition.encode()) % len(self._lanes)]
-        lane.queue.append(_Group(partition, [_Member(ops, size, future, calls)], hint=hint, merged=False))
+        member = _Member(ops, size, future, calls)
+        lane.queue.append(_Group(partition, [member], hint=hint, merged=False, since=loop.time()))
         self._kick(lane)
         return future
 
@@ -498,7 +514,8 @@ class Coalescer:
             group.settled = True
             half = len(group.members) // 2
             for members in (group.members[half:], group.members[:half]):
-                lane.queue.appendleft(_Group(group.partition, members, hint=group.hint, merged=True))
+                part = _Group(group.partition, members, hint=group.hint, merged=True, since=group.since)
+                lane.queue.appendleft(part)
 
     async def _settle(self, lane: _Lane, groups: list[_Group], cause: BaseException | None) -> None:
         """Find out what became of writes whose outcome is unknown; their partitions wait meanwhile."""
@@ -524,9 +541,10 @@ class Coalescer:
         except Exception as error:  # probing is impossible: that is what the callers are told
             cause = error
         finally:
-            for group in groups:
-                if not group.settled:
-                    group.fail(_unknown(group, cause))
+            given_up = [group for group in groups if not group.settled]
+            for group in given_up:
+                group.fail(_unknown(group, cause))
+            _fail_those_behind(lane, {group.partition for group in given_up}, loop.time() - RETRY_SECONDS)
             self._unsettled(lane, groups)
 
     def _unsettled(self, lane: _Lane, groups: list[_Group]) -> list[_Group]:
@@ -613,6 +631,14 @@ def _unknown(group: _Group, cause: BaseException | None) -> PersistenceError:
     error = OutcomeUnknownError("the store does not tell whether this was written", partition=group.partition)
     error.__cause__ = cause
     return error
+
+
+def _fail_those_behind(lane: _Lane, partitions: set[str], before: float) -> None:
+    """Fail what has waited since `before` for partitions that do not answer: its turn would be no better."""
+    for group in lane.queue:
+        if group.partition in partitions and group.since <= before:
+            message = "the store does not answer; this was not sent"
+            group.fail(UnavailableError(message, partition=group.partition))
 
 
 def _next_batch(lane: _Lane) -> list[_Group]:
