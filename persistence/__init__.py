@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from persistence.checkpoints import Checkpoint, CheckpointMeta, ThreadMeta
 from persistence.collection import Listing
 from persistence.connect import Persistence, create_persistence
 from persistence.errors import (
@@ -46,6 +47,8 @@ __version__ = "0.1.0"
 
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointMeta",
     "ConfigurationError",
     "ConflictError",
     "ContainerRecord",
@@ -63,6 +66,7 @@ __all__ = [
     "PrototypeRecord",
     "SessionRecord",
     "StoredMessage",
+    "ThreadMeta",
     "UnavailableError",
     "create_persistence",
     "filesystem_driver",

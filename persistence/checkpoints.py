@@ -26,7 +26,8 @@ from persistence.keys import after as after_key
 from persistence.keys import encode_id, newest_first
 from persistence.pieces import cut
 from persistence.store import Store
-from persistence.threads import CHECKPOINT, HEAD, CheckpointBody, Found, HeadBody, New, Threads
+from persistence.thread_reader import CHECKPOINT, HEAD, CheckpointBody, Found, HeadBody
+from persistence.threads import New, Threads
 
 __all__ = [
     "AgentCheckpointListItem",
@@ -209,7 +210,7 @@ class Checkpoints(Repository):
         """
         _check_id(thread_id, "thread_id")
         new = New(
-            cut=cut(snapshot),
+            cut=cut(snapshot, self.threads.memo(thread_id)),
             at=_time(now, "now"),
             metadata=_metadata(metadata),
             parent=parent_id,
@@ -658,7 +659,7 @@ class Checkpoints(Repository):
             message = "the checkpoint has no state"
             raise InvalidValueError(message)
         new = New(
-            cut=cut(given["state"]),
+            cut=cut(given["state"], threads.memo(thread_id)),
             at=_time(given.get("created_at"), "created_at"),
             metadata=_metadata(extra),
             fields=fields,
@@ -837,7 +838,10 @@ class Checkpoints(Repository):
     def _found_meta(self, thread_id: str, found: Found) -> CheckpointMeta:
         if found.body is None:
             return CheckpointMeta(id=found.id, thread_id=thread_id, corrupt=found.error)
-        return self._meta(thread_id, found.body)
+        try:
+            return self._meta(thread_id, found.body)
+        except CorruptRecordError as error:
+            return CheckpointMeta(id=found.id, thread_id=thread_id, corrupt=str(error))
 
     def _metadata(self, threads: Threads, thread_id: str, body: CheckpointBody) -> dict[str, Any]:
         if body.v is msgspec.UNSET:

@@ -22,6 +22,7 @@ import os
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from itertools import islice
 from typing import Any, Final, TypeVar
@@ -244,10 +245,24 @@ class Coalescer:
     # ---- life
 
     async def open(self) -> None:
-        """Open the driver on this event loop."""
+        """Open the driver on this event loop. What fails, or is given up, is closed again."""
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
-        await self._driver.open()
+        opening = self._loop.create_task(self._driver.open())
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # It must not reach the driver, which opens and then is closed.
+            self.start(self._close_opened(opening))
+            raise
+        except BaseException:
+            await self._driver.close()
+            raise
+
+    async def _close_opened(self, opening: asyncio.Task[None]) -> None:
+        with suppress(Exception):  # nobody waits for it any more
+            await opening
+        await self._driver.close()
 
     async def close(self) -> None:
         """Let the public calls under way finish, then close the driver. Idempotent."""

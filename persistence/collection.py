@@ -36,7 +36,7 @@ __all__ = ["RECORD", "Collection", "HintBody", "Kind", "Listing", "Loaded", "Pla
 RECORD = "record"
 
 _CONTENTION_SECONDS = 10.0
-_CURSOR = re.compile(r"\d{20}/[!-z|~]{1,200}")
+_CURSOR = re.compile(r"[0-9]{20}/[!-z|~]{1,200}")
 _INT64 = 1 << 63
 
 T = TypeVar("T")

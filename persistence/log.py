@@ -89,11 +89,13 @@ class LogBody(Body):
     """An entry (`v` or `c`), a marker (`r`), or a stub.
 
     `n`: visible entries up to this one. `m`: number of the last marker, this
-    one included. `at`: milliseconds. `r`: the ranges that a marker leaves visible.
+    one included. `b`: number of the marker after the last delete, 0: none. `at`:
+    milliseconds. `r`: the ranges that a marker leaves visible.
     """
 
     n: int = 0
     m: int = 0
+    b: int = 0
     at: int = 0
     k: Kind = "entry"
     r: list[Span] | msgspec.UnsetType = UNSET
@@ -129,12 +131,24 @@ class Tail(NamedTuple):
     last: int  # number of the last visible entry, 0: none
     deleted: bool
     since: float  # when it was true
+    born: int = 0  # number of the marker after the last delete: what was before is another life
 
 
 class _Append:
     """Entries that one caller waits for, numbered together."""
 
-    __slots__ = ("call", "deadline", "edit", "expected_last", "future", "items", "looked", "once", "size")
+    __slots__ = (
+        "call",
+        "deadline",
+        "edit",
+        "expected_last",
+        "future",
+        "items",
+        "looked",
+        "once",
+        "once_version",
+        "size",
+    )
 
     def __init__(self, future: asyncio.Future[int]) -> None:
         self.future = future
@@ -144,6 +158,7 @@ class _Append:
         self.size = 0
         self.looked = False  # the end was read after this append had been asked for
         self.once: str | None = None
+        self.once_version = ABSENT  # what lies under `once` and does not count
         self.expected_last: int | None = None
         self.edit: Callable[[Tail], Awaitable[tuple[Op, ...] | None]] | None = None
 
@@ -318,11 +333,18 @@ class Log:
         keys = [Key(partition, append.once) for append in repeated if append.once is not None]
         tail, entries = await asyncio.gather(self.tail(partition), self._store.coalescer.get(keys))
         for append, entry in zip(repeated, entries, strict=True):
-            if entry is not None and not append.future.done():
-                try:
-                    append.future.set_result(self._unpack(partition, entry).n)
-                except CorruptRecordError as error:
-                    append.future.set_exception(error)
+            append.once_version = ABSENT
+            if entry is None or tail.deleted or append.future.done():
+                continue
+            try:
+                first = self._unpack(partition, entry).n
+            except CorruptRecordError as error:
+                append.future.set_exception(error)
+                continue
+            if first > tail.born:
+                append.future.set_result(first)
+            else:  # of a life before the last delete: to be replaced
+                append.once_version = entry.version
         self._remember(partition, tail)
         return tail
 
@@ -386,13 +408,15 @@ class Log:
                 count += 1
                 item.body.n = count
                 item.body.m = tail.marker
+                item.body.b = tail.born
                 ops.append(Put(self._key(number), pack(item.body), ABSENT))
             if append.once is not None:
-                ops.append(Put(append.once, pack(LogBody(n=firsts[-1], at=self._store.clock())), ABSENT))
+                once = LogBody(n=firsts[-1], at=self._store.clock())
+                ops.append(Put(append.once, pack(once), append.once_version))
         calls = [append.call for append in batch if append.call is not None]
         for call in calls:
             call.sent = True  # in a numbered batch nobody can step back any more
-        end = Tail(number, count, tail.marker, number, False, _seconds())
+        end = Tail(number, count, tail.marker, number, False, _seconds(), tail.born)
         return _Flight(batch, firsts, end, self._store.coalescer.submit(partition, tuple(ops), calls=calls))
 
     def _arrive(self, partition: str, flight: _Flight) -> bool:
@@ -447,12 +471,12 @@ class Log:
         body = self._unpack(partition, entries[0])
         number = self._number(partition, entries[0].key)
         if body.k == "entry" and 0 < body.n <= number and 0 <= body.m < number:
-            return Tail(number, body.n, body.m, number, False, since)
+            return Tail(number, body.n, body.m, number, False, since, body.b)
         if body.k in ("entry", "stub") or body.r is UNSET:
             message = "the greatest entry is neither an entry nor a marker"
             raise CorruptRecordError(message, partition=partition, key=entries[0].key)
         last = body.r[-1][1] if body.r else 0
-        return Tail(number, body.n, number, last, body.k == "delete", since)
+        return Tail(number, body.n, number, last, body.k == "delete", since, body.b)
 
     def _remembered(self, partition: str) -> Tail | None:
         tail = self._tails.get(partition)
@@ -662,7 +686,8 @@ class Log:
     def marker(self, tail: Tail, kind: Kind, kept: list[Span]) -> Put:
         """Return the Put of a marker after `tail` that leaves `kept` visible."""
         number = tail.number + 1
-        body = LogBody(n=_count(kept), m=number, at=self._store.clock(), k=kind, r=kept)
+        born = number if kind == "restore" else tail.born
+        body = LogBody(n=_count(kept), m=number, b=born, at=self._store.clock(), k=kind, r=kept)
         return Put(self._key(number), pack(body), ABSENT)
 
     async def hidden(self, partition: str) -> list[Span]:
@@ -725,7 +750,7 @@ class Log:
         return dropped
 
     async def forget(self, partition: str, tombstone: Delete, before: int) -> None:
-        """Remove a sequence that was deleted `before` (ms): its marker and `tombstone` last, in one Write."""
+        """Remove a sequence deleted at `before` (ms): its marker and `tombstone` last, in one Write."""
         tail = await self.tail(partition)
         (marker,) = await self._store.coalescer.get([Key(partition, self._key(tail.number))])
         if not tail.deleted or marker is None:
@@ -743,7 +768,7 @@ class Log:
         while more:
             page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
             bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
-            deletes = [Delete(entry.key, entry.version) for entry, body in bodies if body.at < before]
+            deletes = [Delete(entry.key, entry.version) for entry, body in bodies if body.at <= before]
             if deletes:
                 await self._store.coalescer.write(partition, deletes, hint=True)
             more = page.more

@@ -33,8 +33,10 @@ A piece is stored as any value is (`persistence.store`).
 from __future__ import annotations
 
 import copy
+import marshal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain, groupby, repeat
 from math import isfinite
 from typing import Any, Final, NamedTuple
 
@@ -83,10 +85,16 @@ _INLINE = 512  # of what is too little for a piece, this much stays in the skele
 _UPPER_LEVELS = 4  # dicts within dicts, this deep, are cut however small: they hold the lists that grow
 _UPPER_MEMBERS = 32  # unless they have many members, as records do that are kept by id
 _INT64 = 1 << 63
+_MANY = 64  # numbers that are not looked at one by one
+_NUMBER = 10  # about the bytes of one
+_MEMO_ITEMS = 16_000
 _FORMAT = b'{"f":1,"v":%b}'
+_FRAME = len(_FORMAT % b"") + 1  # and the brackets of a list, less a comma
+_MARSHAL_VERSION = 2  # later ones write the same value in ways that depend on who else refers to it
 _FORMAT_TAGGED = b'{"f":1,"t":true,"v":%b}'
 
 _encode = msgspec.json.Encoder().encode
+_marshalled = marshal.dumps
 
 
 class Node:
@@ -114,6 +122,23 @@ class Node:
                 yield from part[1].nodes()
 
 
+class Remembered(NamedTuple):
+    """What came of an item that is a piece of its own: about its bytes, its stored form and digest."""
+
+    size: int
+    text: bytes
+    digest: bytes
+
+
+Memo = dict[bytes, Remembered]
+"""By a copy of the item that `marshal` made, which is equal for equal items and for no others.
+
+`marshal` tells all types apart that JSON has, refuses subclasses, and writes
+nothing else as it writes those. Nothing is ever loaded from it. A string may
+be written in two ways, so an item may be missed.
+"""
+
+
 class Cut(NamedTuple):
     """A state in pieces: the stored form of each, and its digest; the bytes of the whole as JSON."""
 
@@ -121,6 +146,8 @@ class Cut(NamedTuple):
     texts: list[bytes]
     digests: list[bytes]
     size: int
+    memo: Memo
+    """What to give to `cut` with the state that follows: its unchanged items cost a third then."""
 
     def skeleton(self, numbers: Sequence[int]) -> bytes:
         """Return the skeleton, with the numbers that the pieces got."""
@@ -132,13 +159,13 @@ def digest(text: bytes) -> bytes:
     return blake2b(text, digest_size=16).digest()
 
 
-def cut(state: Any) -> Cut:
+def cut(state: Any, memo: Memo | None = None) -> Cut:
     """Cut a state. Raises `InvalidValueError` for what cannot be stored exactly, or is too large.
 
     It does not wait for anything, so the state cannot change meanwhile.
     """
     for grain in _GRAINS:
-        cutter = _Cutter(grain)
+        cutter = _Cutter(grain, memo or {})
         try:
             return cutter.cut(state)
         except _TooLargeError:
@@ -166,7 +193,7 @@ def _uncut(state: Any) -> Cut:
         raise InvalidValueError(message)
     root = Node("o")
     root.parts.append(0)
-    return Cut(root, [piece], [digest(piece)], len(text) - 2)
+    return Cut(root, [piece], [digest(piece)], len(text) - 2, {})
 
 
 class _TooLargeError(Exception):
@@ -176,8 +203,10 @@ class _TooLargeError(Exception):
 class _Cutter:
     """Cuts one state. Every value in it is looked at once and encoded once."""
 
-    def __init__(self, grain: _Grain) -> None:
+    def __init__(self, grain: _Grain, memo: Memo) -> None:
         self.grain = grain
+        self.memo = memo
+        self.learnt: Memo = {}
         self.texts: list[bytes] = []
         self.digests: list[bytes] = []
         self.inline = _INLINE
@@ -192,8 +221,8 @@ class _Cutter:
                 return _uncut(state)
             root = Node("V" if tagged else "v")
             root.parts.append(Raw(text))
-            return Cut(root, [], [], len(text))
-        return Cut(found, self.texts, self.digests, self.size)
+            return Cut(root, [], [], len(text), {})
+        return Cut(found, self.texts, self.digests, self.size, self.learnt)
 
     # ---- looking: returns about how many bytes a value has, or the node that it was cut into
 
@@ -281,13 +310,22 @@ class _Cutter:
         return found
 
     def _items(self, kind: str, value: Any, items: list[Any], limit: int) -> int | Node:
+        if len(items) > _MANY and _numbers(items):
+            return self._cut_numbers(kind, items, limit)
         leaf = self.grain.leaf
         exotic = self.exotic
         total = 2
         sizes: list[int | Node] = []
-        exotics: list[bool] = []
+        exotics = bytearray()
         cut = False
-        for item in items:
+        copies = self._copies(items) if limit < leaf and len(items) <= _MEMO_ITEMS else None
+        known = None if copies is None else list(map(self.memo.get, copies))
+        for item, old in zip(items, known or repeat(None), strict=False):
+            if old is not None:
+                sizes.append(old.size)
+                exotics.append(False)
+                total += old.size + 1
+                continue
             self.exotic = False
             size = self._visit(item, leaf, 0)
             sizes.append(size)
@@ -297,14 +335,42 @@ class _Cutter:
             else:
                 cut = True
         if not cut and total <= limit:
-            self.exotic = exotic or True in exotics
+            self.exotic = exotic or 1 in exotics
             return total
         self.exotic = exotic
-        return self._cut_items(kind, items, sizes, exotics)
+        return self._cut_items(kind, items, sizes, exotics, copies, known)
+
+    def _copies(self, items: list[Any]) -> list[bytes] | None:
+        try:
+            return list(map(_marshalled, items, repeat(_MARSHAL_VERSION)))
+        except ValueError:  # there is something that JSON has not
+            return None
+
+    def _cut_numbers(self, kind: str, items: list[Any], limit: int) -> int | Node:
+        """Do what `_items` does, for very many numbers without looking at each."""
+        if 2 + len(items) * _NUMBER <= limit:
+            return 2 + len(items) * _NUMBER
+        if 2 * len(items) > self.grain.state:
+            raise _TooLargeError
+        node = Node(kind)
+        self._add(1)
+        step = self.grain.group // _NUMBER
+        for at in range(0, len(items), step):
+            batch = items[at : at + step]
+            self._store(node, batch, len(batch) * _NUMBER, False)
+        return node
 
     # ---- cutting
 
-    def _cut_items(self, kind: str, items: list[Any], sizes: list[int | Node], exotics: list[bool]) -> Node:
+    def _cut_items(
+        self,
+        kind: str,
+        items: list[Any],
+        sizes: list[int | Node],
+        exotics: bytearray,
+        copies: list[bytes] | None,
+        known: Sequence[Remembered | None] | None,
+    ) -> Node:
         node = Node(kind)
         full = self.grain.group
         self._add(1)  # two brackets, less the comma that follows no last item
@@ -312,6 +378,19 @@ class _Cutter:
         exotic = False
         for at, size in enumerate(sizes):
             if type(size) is int:
+                if weight == 0 and size >= full:  # a piece by itself
+                    old = None if known is None else known[at]
+                    if old is not None:
+                        self._append(node, old.text, old.digest)
+                        self._add(len(old.text) - _FRAME)
+                    else:
+                        self._store(node, items[at : at + 1], size, bool(exotics[at]))
+                        if copies is not None and not exotics[at]:
+                            old = Remembered(size, self.texts[-1], self.digests[-1])
+                    if old is not None and copies is not None:
+                        self.learnt[copies[at]] = old
+                    first = at + 1
+                    continue
                 weight += size + 1
                 if exotics[at]:
                     exotic = True
@@ -377,9 +456,12 @@ class _Cutter:
         if len(text) > MAX_VALUE_BYTES:
             message = f"a single value has {len(text):,} bytes and cannot be cut"
             raise InvalidValueError(message)
+        self._append(node, text, digest(text))
+
+    def _append(self, node: Node, text: bytes, digest: bytes) -> None:
         node.parts.append(len(self.texts))
         self.texts.append(text)
-        self.digests.append(digest(text))
+        self.digests.append(digest)
 
     def _encoded(self, batch: Any, exotic: bool) -> tuple[bytes, bool]:
         if not exotic:
@@ -396,33 +478,56 @@ class _Cutter:
             raise _TooLargeError
 
 
+def _numbers(items: list[Any]) -> bool:
+    """Tell whether all items are plain numbers: finite, integers of 64 bits at most."""
+    kinds = set(map(type, items))
+    if not kinds <= {int, float}:
+        return False
+    try:
+        if not all(map(isfinite, items)):
+            return False
+        return int not in kinds or (min(items) >= -_INT64 and max(items) < 2 * _INT64)
+    except OverflowError:
+        return False
+
+
 def _drawn(node: Node, numbers: Sequence[int]) -> list[Any]:
     drawn: list[Any] = [node.kind]
-    run: list[int] = []  # of numbers that follow each other
-    for part in node.parts:
-        if type(part) is int:
-            number = numbers[part]
-            if run and number == run[-1] + 1:
-                run[1:] = [number]
-                continue
-            _close(drawn, run)
-            run = [number]
+    own: list[int] = []  # numbers of pieces that stand next to each other
+    for is_piece, parts in groupby(node.parts, key=_is_piece):
+        if is_piece:
+            own = list(map(numbers.__getitem__, parts))  # type: ignore[arg-type]  # they are indexes
+            if own == list(range(own[0], own[0] + len(own))):  # most often
+                drawn.append(own[0] if len(own) == 1 else [own[0], own[-1]])
+            else:
+                drawn += _in_runs(own)
             continue
-        _close(drawn, run)
-        run = []
-        if isinstance(part, Raw):
-            drawn.append(part)
-        else:
-            key, child = part  # type: ignore[misc]
-            below = _drawn(child, numbers)
-            drawn.append({"n": below} if key is None else {"k": key, "n": below})
-    _close(drawn, run)
+        for part in parts:
+            if isinstance(part, Raw):
+                drawn.append(part)
+            else:
+                key, child = part  # type: ignore[misc]
+                below = _drawn(child, numbers)
+                drawn.append({"n": below} if key is None else {"k": key, "n": below})
     return drawn
 
 
-def _close(drawn: list[Any], run: list[int]) -> None:
-    if run:
-        drawn.append(run[0] if len(run) == 1 else run)
+def _is_piece(part: Any) -> bool:
+    return type(part) is int
+
+
+def _in_runs(numbers: Sequence[int]) -> list[Any]:
+    """Return numbers in their order, those that follow each other as runs."""
+    found: list[Any] = []
+    first = last = numbers[0]
+    for number in (*numbers[1:], None):
+        if number == last + 1:
+            last += 1
+            continue
+        found.append(first if first == last else [first, last])
+        if number is not None:
+            first = last = number
+    return found
 
 
 # ---- putting together
@@ -464,35 +569,51 @@ class _Assembler:
             return skeleton[1] if kind == "v" else _untagged(skeleton[1])
         if kind == "d":
             members: dict[Any, Any] = {}
-            self._fill(skeleton, members.update, lambda part, value: members.update({part["k"]: value}))
+
+            def fill(pieces: Iterable[Any]) -> None:
+                for piece in pieces:
+                    members.update(piece)
+
+            self._fill(skeleton, fill, lambda part, value: members.update({part["k"]: value}))
             return members
         if kind in ("x", "b"):
             slices: list[Any] = []
-            self._fill(skeleton, slices.append, _no_node)
+            self._fill(skeleton, slices.extend, _no_node)
             return "".join(slices) if kind == "x" else b"".join(slices)
         items: list[Any] = []
-        self._fill(skeleton, items.extend, lambda _, value: items.append(value))
+        self._fill(
+            skeleton,
+            lambda pieces: items.extend(chain.from_iterable(pieces)),
+            lambda _, value: items.append(value),
+        )
         return _CONTAINERS[kind](items)
 
     def _fill(
-        self, skeleton: Sequence[Any], add: Callable[[Any], object], add_node: Callable[[Any, Any], object]
+        self,
+        skeleton: Sequence[Any],
+        add: Callable[[list[Any]], object],
+        add_node: Callable[[Any, Any], object],
     ) -> None:
         for part in skeleton[1:]:
             if type(part) is int:
-                add(self._piece(part))
+                add(self._pieces(part, part))
             elif type(part) is list:
-                for number in range(part[0], part[1] + 1):
-                    add(self._piece(number))
+                add(self._pieces(part[0], part[1]))
             elif "n" in part:
                 add_node(part, self.value(part["n"]))
             else:
-                add(part["i"] if "i" in part else _untagged(part["I"]))
+                add([part["i"] if "i" in part else _untagged(part["I"])])
 
-    def _piece(self, number: int) -> Any:
-        if number in self.used:  # equal parts of a state are one piece, but not one object
-            return copy.deepcopy(self.values[number])
-        self.used.add(number)
-        return self.values[number]
+    def _pieces(self, first: int, last: int) -> list[Any]:
+        numbers = range(first, last + 1)
+        found = list(map(self.values.__getitem__, numbers))
+        if not self.used.isdisjoint(numbers):  # equal parts of a state are one piece, but not one object
+            found = [
+                copy.deepcopy(piece) if number in self.used else piece
+                for number, piece in zip(numbers, found, strict=True)
+            ]
+        self.used.update(numbers)
+        return found
 
 
 def _list(items: list[Any]) -> list[Any]:

@@ -3,7 +3,8 @@
 It visits every partition once and may be interrupted and repeated at any time,
 beside any number of writers: whatever it removes is removed under the version
 that it had looked at. What is young enough to belong to a call under way is
-left alone.
+left alone: an hour for listings and chunks, so the clocks of all writers must
+agree to well within that.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from persistence.errors import CorruptRecordError
 from persistence.keys import after, prefix_end
 from persistence.repositories import Containers, Images, LLMProviders, Prototypes, Sessions
 from persistence.store import CHUNK, Chunks, Store
+from persistence.thread_repair import ThreadRepair
 
 __all__ = ["DAY_MS", "HINT_AGE_MS", "Repair", "RepairReport", "drop_chunks"]
 
@@ -237,7 +239,8 @@ class Repair:
         threads = self._checkpoints.kind_of(partition)
         if threads is None:
             return
-        done = await threads.repair(partition, before=self._tombstones_before, dry_run=self.dry_run)
+        repair = ThreadRepair(threads, dry_run=self.dry_run)
+        done = await repair.repair(partition, before=self._tombstones_before)
         self.report.pieces_removed += done.pieces_removed
         self.report.uploads_ended += done.uploads_ended
         self.report.hints_added += done.hints_added
@@ -250,7 +253,8 @@ class Repair:
         threads = self._checkpoints.kind_of(partition)
         if threads is not None:
             before = self._now - HINT_AGE_MS
-            swept = await threads.sweep_hints(partition, before=before, dry_run=self.dry_run)
+            repair = ThreadRepair(threads, dry_run=self.dry_run)
+            swept = await repair.sweep_hints(partition, before=before)
             self.report.hints_removed += swept
 
     # ---- chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection as AbstractCollection
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import msgspec
 
 from persistence.calls import Repository, public
+from persistence.coalescer import backoff
 from persistence.collection import Collection, HintBody, Kind, Listing, Loaded, Place
-from persistence.driver import ABSENT, Delete, Key, Op, Put
+from persistence.driver import ABSENT, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
     InvalidValueError,
     NotFoundError,
     PersistenceError,
+    UnavailableError,
 )
 from persistence.keys import encode_id
 from persistence.log import APPEND_BYTES, APPEND_ENTRIES, Item, Log, Tail
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 _PAGE = 500
+_CONTENTION_SECONDS = 10.0
 _MAX_NUMBER = 10**12 - 1
 
 CONTAINERS = Kind("container", ContainerRecord, "container_id", lambda record: (Place("index/containers"),))
@@ -236,7 +240,7 @@ class Sessions(Repository):
         The copy numbers its messages from 1, names its source, and does not
         depend on it. Its record comes last: without it, the fork did not
         happen. Raises `NotFoundError` without a source, `ConflictError` if
-        `new_session_id` was used before.
+        `new_session_id` was used before, or the source truncated meanwhile.
         """
         return await self._fork(session_id, new_session_id, through, image_id, container_id)
 
@@ -300,7 +304,7 @@ class Sessions(Repository):
         try:
             for message in messages:
                 item = await self._item(partition, message)
-                if batch and (len(batch) == APPEND_ENTRIES - 1 or size + item.size > APPEND_BYTES):
+                if batch and (len(batch) == APPEND_ENTRIES or size + item.size > APPEND_BYTES):
                     await flush()
                 batch.append(item)
                 size += item.size
@@ -430,11 +434,15 @@ class Sessions(Repository):
         if (await self.records.load(new_id)).version or (await self.log.tail(partition)).number:
             message = f"the session id {new_id!r} was used before"
             raise ConflictError(message, partition=partition)
-        below = None if through is None else (_number(through) or 0) + 1
+        origin = SESSIONS.partition(session_id)
+        begun = await self.log.tail(origin)
+        last = begun.number if through is None else min(_number(through) or 0, begun.number)
         above = copied = 0
-        while page := await self.log.read(
-            SESSIONS.partition(session_id), above=above, below=below, limit=_PAGE
-        ):
+        while page := await self.log.read(origin, above=above, below=last + 1, limit=_PAGE):
+            if (await self.log.tail(origin)).marker != begun.marker:
+                await self._delete(new_id)
+                message = f"session {session_id!r} was truncated while it was copied: fork it again"
+                raise ConflictError(message, partition=origin)
             for batch in _batches([await self._item(partition, item.value, item.at) for item in page]):
                 await self.log.append(partition, batch, expected_last=copied)
                 copied += len(batch)
@@ -816,24 +824,35 @@ class LLMProviders(Repository):
         keys = [_default_key(container_id) for container_id in containers]
         entries = await self._store.coalescer.get(keys)
         return {
-            container_id: None
-            if entry is None
-            else self._store.unpack(self.records.hint_decoder, key.partition, entry).id
+            container_id: None if entry is None else self._pointer(key, entry).id
             for container_id, key, entry in zip(containers, keys, entries, strict=True)
         }
 
     async def _set_default(self, container_id: str, id: str, chosen: bool) -> None:
         key = _default_key(container_id)
-        if chosen:
-            pointer = HintBody(at=self._store.clock(), id=id, of=container_id)
-            await self._store.coalescer.write(key.partition, [Put(key.key, pack(pointer))], hint=True)
-            return
-        (entry,) = await self._store.coalescer.get([key])
-        if entry is None:
-            return
-        pointer = self._store.unpack(self.records.hint_decoder, key.partition, entry)
-        if pointer.id == id:  # refused: another has become the default meanwhile
-            await self._store.coalescer.write(key.partition, [Delete(key.key, entry.version)], hint=True)
+        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
+        attempt = 0
+        while True:
+            (entry,) = await self._store.coalescer.get([key])
+            version = ABSENT if entry is None else entry.version
+            if chosen:
+                pointer = HintBody(at=self._store.clock(), id=id, of=container_id)
+                op: Put | Delete = Put(key.key, pack(pointer), version)
+            elif entry is None or self._pointer(key, entry).id != id:
+                return
+            else:
+                op = Delete(key.key, version)
+            # A Delete is a hint: when it is refused, another has become the default.
+            if await self._store.coalescer.write(key.partition, [op], hint=not chosen) or not chosen:
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
+                raise UnavailableError(message, partition=key.partition, key=key.key)
+            await backoff(attempt)
+            attempt += 1
+
+    def _pointer(self, key: Key, entry: Entry) -> HintBody:
+        return self._store.unpack(self.records.hint_decoder, key.partition, entry)
 
 
 def _default_key(container_id: str) -> Key:

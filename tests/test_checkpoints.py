@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import random
+import resource
+import sys
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -30,6 +32,7 @@ from persistence import (
 )
 from persistence.driver import Put
 from persistence.drivers.memory import MemoryDriver
+from persistence.ids import now_ms
 from persistence.pieces import count, runs, subtract, union
 from persistence.testing import MakeDriver
 
@@ -619,8 +622,7 @@ async def test_a_delete_ends_a_large_put_that_names_its_parent() -> None:
         await b.checkpoints.delete("t")
         with pytest.raises(NotFoundError):
             await task
-        while a._coalescer._tasks:
-            await asyncio.sleep(0)
+        await asyncio.gather(*a._coalescer._tasks)  # what the failed put left is removed behind it
         assert [key for key, _ in await stored(b)] == ["head"]
 
 
@@ -651,21 +653,23 @@ async def test_a_corrupt_checkpoint_is_named_and_hides_no_other(p: Persistence) 
 
 @pytest.mark.parametrize("damage", [b"garbage", b'{"f":1,"v":5}', b'{"f":1,"t":true,"v":[{"$x":1}]}', None])
 async def test_a_corrupt_piece_makes_its_checkpoints_unreadable_and_no_other(
-    p: Persistence, damage: bytes | None
+    make_driver: MakeDriver, damage: bytes | None
 ) -> None:
-    first = await p.checkpoints.put("t", [message(1), message(2)])
-    second = await p.checkpoints.put("t", [message(1), message(3)])
-    partition, key = p.checkpoints.threads.partition("t"), "piece/000000000003"
-    if damage is None:
-        await p._store.coalescer.purge(partition, key, f"{key}!")
-    else:
-        await p._store.coalescer.write(partition, [Put(key, damage)], hint=True)
-    with pytest.raises(CorruptRecordError, match=rf"{second.id}|000000000003"):
-        await p.checkpoints.get("t")
-    assert await p.checkpoints.get("t", first.id) == [message(1), message(2)]
-    assert len(await p.checkpoints.list("t")) == 2
-    if damage is None:
-        assert (await p.repair()).corrupt_count == 1
+    async with create_persistence(make_driver()) as p:
+        first = await p.checkpoints.put("t", [message(1), message(2)])
+        second = await p.checkpoints.put("t", [message(1), message(3)])
+        partition, key = p.checkpoints.threads.partition("t"), "piece/000000000003"
+        if damage is None:
+            await p._store.coalescer.purge(partition, key, f"{key}!")
+        else:
+            await p._store.coalescer.write(partition, [Put(key, damage)], hint=True)
+    async with create_persistence(make_driver()) as p:  # who wrote the pieces remembers them
+        with pytest.raises(CorruptRecordError, match=rf"{second.id}|000000000003"):
+            await p.checkpoints.get("t")
+        assert await p.checkpoints.get("t", first.id) == [message(1), message(2)]
+        assert len(await p.checkpoints.list("t")) == 2
+        if damage is None:
+            assert (await p.repair()).corrupt_count == 1
 
 
 # ---- named checkpoints
@@ -800,6 +804,59 @@ async def test_the_latest_checkpoint_of_an_application(p: Persistence) -> None:
     latest = await p.checkpoints.retrieve_latest_app_checkpoint()
     assert latest is not None
     assert latest.id == stored[2]
+
+
+# ---- repair
+
+
+async def test_repair_mends_the_listings(make_driver: MakeDriver) -> None:
+    later = now_ms() + 4_000_000
+    async with create_persistence(make_driver(), clock=lambda: later) as p:
+        await p.checkpoints.put("t", 1)
+        id = await p.checkpoints.store_checkpoint(named())
+        coalescer = p._store.coalescer
+        listings = ["index/threads", "index/named-checkpoints", "index/named-checkpoints-by-agent/a"]
+        kept = {name: (await coalescer.scan(name, "", None, limit=9)).entries for name in listings}
+        for name in listings:
+            await coalescer.purge(name, "", None)
+        assert await p.checkpoints.list_threads() == []
+        assert (await p.repair(dry_run=True)).hints_added == 3
+        assert (await p.repair()).hints_added == 3
+        assert [one.thread_id for one in await p.checkpoints.list_threads()] == ["t"]
+        assert [item.id for item in await p.checkpoints.list_checkpoints(agent_id="a")] == [id]
+        await p.checkpoints.delete("t")
+        await p.checkpoints.delete_checkpoint(id)
+        for name, entries in kept.items():
+            await coalescer.write(name, [Put(entry.key, entry.value) for entry in entries], hint=True)
+        assert await p.checkpoints.list_threads() == []
+        assert await p.checkpoints.list_checkpoints() == []
+    later += 4_000_000
+    async with create_persistence(make_driver(), clock=lambda: later) as p:
+        assert (await p.repair()).hints_removed == 4  # those, and the agent, who has none left
+        assert (await p.repair()).hints_removed == 0
+
+
+async def test_repair_forgets_what_was_deleted_long_ago_and_frees_what_has_expired(
+    make_driver: MakeDriver,
+) -> None:
+    now = 1_800_000_000_000
+    async with create_persistence(make_driver(), clock=lambda: now) as p:
+        old = await p.checkpoints.put("t", state(4))
+        await p.checkpoints.put("u", state(4), expires_at=now + 1)
+        await p.checkpoints.delete("t")
+        now += 6 * 86_400_000
+        report = await p.repair()
+        assert (report.threads_expired, report.tombstones_removed) == (1, 0)
+        assert [key for key, _ in await stored(p)] == ["head"]
+        now += 2 * 86_400_000
+        assert (await p.repair()).tombstones_removed == 1
+        assert await stored(p) == []
+        # The numbers begin anew, and nobody takes what he remembers for what is there.
+        async with create_persistence(make_driver(), clock=lambda: now) as other:
+            assert (await other.checkpoints.put("t", [message(7), message(8)])).id > old.id
+            await p.checkpoints.put("t", [message(0), message(7), message(8)])
+            assert await other.checkpoints.get("t") == [message(0), message(7), message(8)]
+            assert await spare(p) == 0
 
 
 # ---- real conversations
@@ -1107,6 +1164,87 @@ async def test_of_processes_that_resume_one_checkpoint_only_one_goes_on(make_dri
     await _in_processes(_resume, [(make_driver, start.id, won)] * 3)
     assert won.acquire(timeout=1)
     assert not won.acquire(block=False)
+
+
+def _endless(make: MakeDriver, acknowledged: Any) -> None:
+    async def run() -> None:
+        async with create_persistence(make()) as p:
+            for i in range(1000):
+                given = large(5, seed=i) if i % 4 == 3 else state(i + 30, i)
+                await p.checkpoints.put("t", {"i": i, "state": given}, max_checkpoints_per_thread=3)
+                acknowledged.send(i)
+                if i % 3 == 2:
+                    await p.checkpoints.prune("t", keep_last=1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("acknowledgements", [1, 3, 4, 7])
+@pytest.mark.parametrize("make_driver", SHARED, indirect=True)
+async def test_a_process_killed_in_the_middle_loses_nothing_and_repair_leaves_no_trace(
+    make_driver: MakeDriver, acknowledgements: int
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_endless, args=(make_driver, sending))
+    process.start()
+    last = -1
+    while last < acknowledgements:
+        last = await asyncio.to_thread(receiving.recv)
+    process.kill()
+    await asyncio.to_thread(process.join)
+    later = now_ms() + 4_000_000
+    async with create_persistence(make_driver(), clock=lambda: later) as p:
+        await p.repair()
+        found = await p.checkpoints.list("t")
+        assert 1 <= len(found) <= 3
+        states = [await p.checkpoints.get("t", meta.id) for meta in found]
+        assert states[0]["i"] >= last
+        assert states[0] == await p.checkpoints.get("t")
+        assert await spare(p) == 0
+        assert {key.partition("/")[0] for key, _ in await stored(p)} <= {"head", "checkpoint", "piece"}
+        await p.checkpoints.put("t", state(3))
+        assert await p.checkpoints.get("t") == state(3)
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _hundred_megabytes(make: MakeDriver, then: str, report: Any) -> None:
+    """Put or get a state of almost 100 MB; report by how many bytes memory grew beyond the state."""
+    count = 88_000
+    given: dict[str, Any] = {}
+    if then == "put":
+        chance = random.Random(3)
+        given["messages"] = [message(i, 100) | {"text": chance.randbytes(450).hex()} for i in range(count)]
+    before = _peak()
+
+    async def run() -> None:
+        async with create_persistence(make()) as p:
+            if then == "put":
+                meta = await p.checkpoints.put("t", given)
+                assert 90_000_000 < meta.size_bytes < 100_000_000
+                report.send(_peak() - before)
+            else:
+                found = await p.checkpoints.get("t")
+                assert len(found["messages"]) == count
+                report.send(_peak() - before - count * 1_000)  # a message takes rather more
+
+    asyncio.run(run())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux reports it")
+@pytest.mark.parametrize("make_driver", ["sqlite"], indirect=True)
+async def test_a_hundred_megabytes_take_less_than_three_hundred_more(make_driver: MakeDriver) -> None:
+    context = multiprocessing.get_context("spawn")
+    for then in ("put", "get"):
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=_hundred_megabytes, args=(make_driver, then, sending))
+        process.start()
+        await asyncio.to_thread(process.join)
+        assert process.exitcode == 0
+        assert receiving.recv() < 300_000_000
 
 
 # ---- against a model

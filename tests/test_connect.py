@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 import persistence
-from persistence import ConfigurationError, Persistence, create_persistence, memory_driver, sqlite_driver
+from persistence import (
+    ConfigurationError,
+    Persistence,
+    UnavailableError,
+    create_persistence,
+    memory_driver,
+    sqlite_driver,
+)
+from persistence.drivers.memory import MemoryDriver
 
 HIDE_MODULE = """
 import sys
@@ -43,6 +51,34 @@ async def test_a_driver_object_is_opened_and_closed() -> None:
         await p.sessions.add_message("s", {"n": 2})
     async with create_persistence(memory_driver()) as q, q:
         assert isinstance(q, Persistence)
+
+
+async def test_what_cannot_be_opened_is_closed_and_what_is_given_up_too() -> None:
+    class Slow(MemoryDriver):
+        def __init__(self, error: Exception | None) -> None:
+            super().__init__()
+            self.error = error
+            self.opened = self.closed = 0
+
+        async def open(self) -> None:
+            await asyncio.sleep(0.01)
+            self.opened += 1
+            if self.error is not None:
+                raise self.error
+
+        async def close(self) -> None:
+            self.closed += 1
+
+    failing = Slow(UnavailableError("away"))
+    with pytest.raises(UnavailableError):
+        await create_persistence(failing)
+    assert (failing.opened, failing.closed) == (1, 1)
+    slow = Slow(None)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await create_persistence(slow)
+    await asyncio.sleep(0.05)
+    assert (slow.opened, slow.closed) == (1, 1)
 
 
 @pytest.mark.parametrize(

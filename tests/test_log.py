@@ -611,6 +611,7 @@ async def test_several_processes_one_step_at_a_time_equal_a_list(memory: MemoryD
                     if m.saved or (m.greatest and not m.deleted):
                         m.mark()
                         m.visible, m.saved, m.deleted = [], False, True
+                        m.onces.clear()  # keys of a life that is over
             case 10:
                 await p.sessions.save_session(session(id))
                 if m.deleted:

@@ -465,6 +465,27 @@ async def test_a_deleted_session_refuses_until_it_is_saved_again(p: Persistence)
     assert await p.sessions.find_all_sessions() == [await p.sessions.find_session_by_id("s")]
 
 
+async def test_a_key_of_a_life_before_the_delete_adds_again(p: Persistence) -> None:
+    await p.sessions.save_session(session())
+    await p.sessions.add_message("s", {"n": 1}, idempotency_key="k")
+    await p.sessions.clear_messages("s")
+    assert await p.sessions.add_message("s", {"n": 1}, idempotency_key="k") == 1
+    await p.sessions.delete_session("s")
+    with pytest.raises(NotFoundError):
+        await p.sessions.add_message("s", {"n": 2}, idempotency_key="k")
+    await p.sessions.save_session(session())
+    number = await p.sessions.add_message("s", {"n": 3}, idempotency_key="k")
+    assert await p.sessions.add_message("s", {"n": 3}, idempotency_key="k") == number
+    assert await p.sessions.get_messages("s") == [{"n": 3}]
+
+
+async def test_nine_hundred_messages_are_added_together(p: Persistence) -> None:
+    assert await p.sessions.add_messages("s", [{}] * 900, idempotency_key="k") == list(range(1, 901))
+    page = await p._driver.scan("session/s", "message/", "message0", limit=900)
+    assert len({entry.version for entry in page.entries}) == 1
+    assert await p.sessions.add_messages("s", [{}] * 1000) == list(range(901, 1901))
+
+
 async def test_messages_of_a_session_that_was_never_saved(p: Persistence) -> None:
     await p.sessions.add_message("loose", {"n": 1})
     assert not await p.sessions.session_exists("loose")
@@ -491,6 +512,26 @@ async def test_a_fork_is_a_copy_that_stands_alone(p: Persistence) -> None:
         await p.sessions.fork_session("part", new_session_id=fork.session_id)
     with pytest.raises(NotFoundError):
         await p.sessions.fork_session("s")
+
+
+async def test_a_fork_of_what_is_truncated_meanwhile_is_refused(
+    p: Persistence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await p.sessions.save_session(session())
+    await p.sessions.add_messages("s", [{"n": n} for n in range(1, 601)])
+    read = p.sessions.log.read
+
+    async def read_and_truncate(*args: Any, **bounds: Any) -> Any:
+        page = await read(*args, **bounds)
+        if bounds["above"] == 500:
+            await p.sessions.truncate_after_message("s", seq=10)
+        return page
+
+    monkeypatch.setattr(p.sessions.log, "read", read_and_truncate)
+    with pytest.raises(ConflictError, match="fork it again"):
+        await p.sessions.fork_session("s", new_session_id="copy")
+    assert not await p.sessions.session_exists("copy")
+    assert await p.sessions.count_messages("copy") == 0
 
 
 async def test_an_image_forks_with_its_session(p: Persistence) -> None:

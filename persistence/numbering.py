@@ -1,0 +1,108 @@
+"""Numbers for pieces: what a list gains, put by put, gets numbers that follow each other.
+
+Then the list is one run in every skeleton, though other parts of the state gain
+pieces between. A list that has been seen to grow gets a *block* of numbers of
+its own; everything else is numbered in one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import ne
+from typing import Any, Final
+
+from persistence.pieces import Cut, Span
+
+__all__ = ["BLOCK", "BLOCKS", "Numbers", "place"]
+
+BLOCKS: Final = 500_000_000_000
+"""Numbers from here on lie in blocks,"""
+BLOCK: Final = 100_000
+"""of so many."""
+
+_OPEN_BLOCKS = 16
+_GROWING = 4  # pieces that a list must have before it gets a block
+_FRAGMENTS = 128  # runs from which on it pays to store a state anew, in one
+
+
+class Numbers:
+    """Gives out numbers."""
+
+    def __init__(self, n: int, blocks: int, open: Iterable[Span]) -> None:
+        self.n = n  # the last number given out, and those in blocks:
+        self.blocks = blocks  # how many there are, and of those in use
+        self.open = dict(open)  # block and its last number, the last used last
+
+    def next(self) -> int:
+        """Return the next number of the sequence that all share."""
+        self.n += 1
+        return self.n
+
+    def after(self, last: int, pieces: int) -> int:
+        """Return a number for what follows piece `last` in a list of so many: the next, if it is free."""
+        if last >= BLOCKS:
+            block, place = divmod(last - BLOCKS, BLOCK)
+            if self.open.get(block) == last and place + 1 < BLOCK:
+                del self.open[block]
+                self.open[block] = last + 1
+                return last + 1
+        elif last == self.n:
+            return self.next()
+        if pieces < _GROWING:
+            return self.next()
+        number = BLOCKS + self.blocks * BLOCK
+        self.open[self.blocks] = number
+        self.blocks += 1
+        if len(self.open) > _OPEN_BLOCKS:
+            del self.open[next(iter(self.open))]
+        return number
+
+
+def place(
+    cut: Cut, known: dict[bytes, int], numbers: Numbers, *, in_pieces: bool
+) -> tuple[list[int], list[int]]:
+    """Return the number of each piece, and the indexes of those that are new.
+
+    `in_pieces`: the skeleton has become large; where that is because the
+    numbers of a state lie about in too many runs, all of it is new.
+    """
+    before = numbers.n, numbers.blocks, list(numbers.open.items())
+    placed, fresh = _numbered(cut, known, numbers)
+    if in_pieces and (breaks := _breaks(placed)) > max(_FRAGMENTS, len(placed) // 8):
+        again = Numbers(*before)
+        anew, all_fresh = _numbered(cut, {}, again)
+        if _breaks(anew) < breaks // 2:
+            numbers.n, numbers.blocks, numbers.open = again.n, again.blocks, again.open
+            return anew, all_fresh
+    return placed, fresh
+
+
+def _breaks(numbers: list[int]) -> int:
+    return sum(map(ne, numbers[1:], map((1).__add__, numbers)))
+
+
+def _numbered(cut: Cut, known: dict[bytes, int], numbers: Numbers) -> tuple[list[int], list[int]]:
+    placed: list[Any] = list(map(known.get, cut.digests))
+    fresh: list[int] = []
+    if None not in placed:
+        return placed, fresh
+    given: dict[bytes, int] = {}
+    for node in cut.root.nodes():
+        own = node.pieces()
+        found = [placed[index] for index in own]
+        if None not in found:
+            continue
+        old = len(found)  # of its pieces, those up to the last one that is known
+        while old and found[old - 1] is None:
+            old -= 1
+        for at in range(found.index(None), len(own)):
+            index = own[at]
+            if placed[index] is not None:
+                continue
+            number = given.get(cut.digests[index])
+            if number is None:
+                number = numbers.after(placed[own[at - 1]], at) if old and at >= old else numbers.next()
+                given[cut.digests[index]] = number
+                fresh.append(index)
+            placed[index] = number
+    return placed, fresh

@@ -1,0 +1,154 @@
+"""`repair`, for threads of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from msgspec.structs import replace
+
+from persistence.collection import HintBody
+from persistence.driver import MAX_GET_KEYS, Delete, Key, Put
+from persistence.errors import CorruptRecordError
+from persistence.keys import after, prefix_end
+from persistence.pieces import Span, count, runs, subtract, union
+from persistence.store import pack
+from persistence.thread_reader import HEAD, PAGE, PIECE, Found, HeadBody, checkpoint_key, number_of
+from persistence.threads import Threads
+
+__all__ = ["RepairedThread", "ThreadRepair"]
+
+_UPLOAD_AGE_MS = 3_600_000  # an upload older than this is given up
+
+
+class RepairedThread(msgspec.Struct):
+    """What the repair of a thread did."""
+
+    pieces_removed: int = 0
+    uploads_ended: int = 0
+    hints_added: int = 0
+    expired: bool = False
+    forgotten: bool = False
+    corrupt: list[str] = msgspec.field(default_factory=list)
+
+
+class ThreadRepair:
+    """Repairs threads of one kind."""
+
+    def __init__(self, threads: Threads, *, dry_run: bool) -> None:
+        self._threads = threads
+        self._store = threads.store
+        self._dry_run = dry_run
+
+    async def repair(self, partition: str, *, before: int) -> RepairedThread:
+        """Finish what was left half done in a thread, and remove what nothing needs."""
+        done = RepairedThread()
+        (entry,) = await self._store.coalescer.get([Key(partition, HEAD)])
+        if entry is None:
+            return done
+        head = self._threads.head(partition, entry)
+        now = self._store.clock()
+        if head.gone is None and head.e is not None and head.e <= now:
+            done.expired = True
+            if not self._dry_run:
+                await self._threads.delete_expired(partition)
+            return done
+        stale = [id for id, upload in head.p.items() if upload.at < now - _UPLOAD_AGE_MS]
+        done.uploads_ended = len(stale)
+        if not self._dry_run:
+            for id in stale:
+                await self._threads.abandon(partition, id)
+            await self._threads.clean(partition)
+        (entry,) = await self._store.coalescer.get([Key(partition, HEAD)])
+        if entry is None:
+            return done
+        head = self._threads.head(partition, entry)
+        await self._sweep(partition, head, entry.version, done)
+        if head.l is not None:
+            hint = Key(self._threads.listing.partition, self._threads.thread_hint(head))
+            (listed,) = await self._store.coalescer.get([hint])
+            if listed is None:
+                done.hints_added += 1
+                if not self._dry_run:
+                    await self._threads.put_thread_hint(head.id, head)
+        elif not head.p and not done.pieces_removed and (head.gone or head.up or head.at) < before:
+            done.forgotten = True
+            if not self._dry_run:
+                await self._store.coalescer.write(partition, [Delete(HEAD, entry.version)])
+        return done
+
+    async def _sweep(self, partition: str, head: HeadBody, version: int, done: RepairedThread) -> None:
+        """Remove the pieces that no checkpoint needs; name the checkpoints that lack any."""
+        found = await self._threads.listed(partition, head)
+        kept = [self._threads.kept_of(one, head.id) for one in found]
+        needed = union(span for one in kept for span in one.spans or ())
+        held = union([*needed, *(span for upload in head.p.values() for span in upload.spans)])
+        there: list[Span] = []
+        start, more = PIECE, True
+        while more:
+            page = await self._store.coalescer.scan(partition, start, prefix_end(PIECE), limit=PAGE)
+            there = union([*there, *runs(number_of(partition, entry.key) for entry in page.entries)])
+            more = page.more
+            if more:
+                start = after(page.entries[-1].key)
+        done.corrupt = [one.error for one in found if one.body is None]
+        (now,) = await self._store.coalescer.get([Key(partition, HEAD)])
+        if now is None or now.version != version:
+            return  # it has changed while we read it: what is missing may have been removed
+        done.corrupt += [
+            f"pieces of a checkpoint are missing [{partition} · {checkpoint_key(one.id)}]"
+            for one in kept
+            if one.spans and subtract(one.spans, there)
+        ]
+        if self._threads.places is not None:
+            await self._put_missing_hints(head.id, found, done)
+        if any(one.spans is None for one in kept):
+            return  # nobody knows what it needs
+        spare = subtract(there, held)
+        wrong = len(found) != head.k
+        done.pieces_removed = count(spare)
+        if self._dry_run or not (spare or wrong):
+            return
+        # Refused: the thread has changed after all; the next repair will find what is left.
+        left = replace(head, dr=union([*head.dr, *spare]), k=len(found))
+        if await self._store.coalescer.write(partition, [Put(HEAD, pack(left), version)]):
+            self._threads.forget(partition)
+            await self._threads.clean(partition)
+
+    async def _put_missing_hints(self, thread_id: str, found: Sequence[Found], done: RepairedThread) -> None:
+        for one in found:
+            if one.body is not None:
+                hints = await self._store.coalescer.get(list(self._threads.hints(one.body, thread_id)))
+                if None in hints:
+                    done.hints_added += hints.count(None)
+                    if not self._dry_run:
+                        await self._threads.put_hints(thread_id, one.body)
+
+    async def sweep_hints(self, partition: str, *, before: int) -> int:
+        """Remove the entries of a listing, older than `before`, that match nothing; return how many."""
+        removed = 0
+        start, more = "", True
+        while more:
+            page = await self._store.coalescer.scan(partition, start, None, limit=MAX_GET_KEYS // 2)
+            hints = [(e, self._store.unpack(self._threads.hint_decoder, partition, e)) for e in page.entries]
+            hints = [(entry, hint) for entry, hint in hints if hint.at < before]
+            for entry, hint in hints:
+                if not await self._listed_rightly(partition, entry.key, hint):
+                    removed += 1
+                    if not self._dry_run:
+                        delete = Delete(entry.key, entry.version)
+                        await self._store.coalescer.write(partition, [delete], hint=True)
+            more = page.more
+            if more:
+                start = after(page.entries[-1].key)
+        return removed
+
+    async def _listed_rightly(self, partition: str, key: str, hint: HintBody) -> bool:
+        if partition == self._threads.listing.partition:
+            head = await self._threads.live_head(hint.id)
+            return head is not None and self._threads.thread_hint(head) == key
+        try:
+            body = await self._threads.find(hint.of, hint.id)
+        except CorruptRecordError:
+            return True  # it is there
+        return body is not None and Key(partition, key) in self._threads.hints(body, hint.of)
