@@ -149,6 +149,8 @@ _ASKING = pack_command(("ASKING",))
 _NOT_RUN = (exceptions.NoScriptError, exceptions.AskError, exceptions.TryAgainError)  # AskError: MOVED too
 _REFUSALS = (exceptions.AuthenticationError, exceptions.NoPermissionError)
 _MISTAKES = ("Cluster mode is not enabled", "DB index is out of range")
+_SCAN_COUNT = 100
+_SCANS = 100  # for one page of partitions
 _log = logging.getLogger("persistence")
 
 _Executor: TypeAlias = "Redis | ClusterNode"
@@ -334,9 +336,12 @@ class RedisDriver:
             if cursor is None or not cursor.startswith(f"{stamp} "):
                 cursor = f"{stamp} 0 0"
             _, index, position, *names = cursor.split(" ")
-            if not names:
+            for _ in range(_SCANS):  # most may meet foreign keys alone
+                if names or int(index) == len(nodes):
+                    break
                 node, pattern = nodes[int(index)], f"{self._prefix}*}}"
-                following, raw = await self._ask(node, "SCAN", position, "MATCH", pattern, "COUNT", limit)
+                count = max(limit, _SCAN_COUNT)
+                following, raw = await self._ask(node, "SCAN", position, "MATCH", pattern, "COUNT", count)
                 names = [_text(name)[len(self._prefix) : -1] for name in raw]
                 index, position = str(int(index) + (following == 0)), str(following)
         rest = names[limit:]
