@@ -716,10 +716,14 @@ class Log:
                     emptied += len(full)
                 elif full:
                     stub = pack(LogBody(at=self._store.clock(), k="stub"))
-                    puts = [Put(entry.key, stub, entry.version) for entry, _ in full]
-                    # Refused: somebody else empties the same entries, or has.
-                    if await self._store.coalescer.write(partition, puts):
-                        emptied += len(full)
+                    # One Write for all; what is refused somebody else has emptied just now.
+                    done = await asyncio.gather(
+                        *(
+                            self._store.coalescer.write(partition, [Put(entry.key, stub, entry.version)])
+                            for entry, _ in full
+                        )
+                    )
+                    emptied += sum(1 for version in done if version)
                     chunks = [body.c for _, body in full if isinstance(body.c, Chunks)]
                     await self._store.drop_chunks(partition, chunks)
                 more = page.more

@@ -104,6 +104,21 @@ async def test_hidden_entries_that_were_not_emptied_are(timed: Persistence, cloc
     assert await timed.sessions.get_messages("s") == [{"n": 0}]
 
 
+async def test_two_who_empty_the_same_entries_leave_none(timed: Persistence, make_driver: MakeDriver) -> None:
+    async with create_persistence(make_driver()) as other:
+        await timed.sessions.add_messages("s", [{"n": n} for n in range(40)])
+        log = timed.sessions.log
+        await timed.sessions.truncate_after_message("s", seq=39)
+        tail = await log.tail("session/s")
+        await commit(timed, "session/s", log.marker(tail, "cut", []))
+        hidden = await log.hidden("session/s")
+        emptied = await asyncio.gather(
+            log.empty("session/s", hidden), other.sessions.log.empty("session/s", hidden[:1])
+        )
+        assert sum(emptied) == 40  # 39 messages and the marker before
+        assert await log.empty("session/s", hidden) == 0
+
+
 async def test_unreferenced_chunks_go_after_an_hour(timed: Persistence, clock: Clock) -> None:
     long = {"text": "x" * 2_500_000}
     await timed.containers.save_container(ContainerRecord(container_id="c"))
