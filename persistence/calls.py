@@ -37,10 +37,9 @@ def public(method: F) -> F:
         coalescer = self._store.coalescer
         coalescer.enter()
         try:
-            timeout = kwargs.get("timeout")
-            if timeout is None:
+            if kwargs.get("timeout") is None:
                 return await method(self, *args, **kwargs)
-            return await _within(timeout, method(self, *args, **kwargs))
+            return await _within(kwargs["timeout"], method(self, *args, **kwargs))
         finally:
             coalescer.leave()
 

@@ -68,6 +68,18 @@ _PROBES = 4  # puts of a Write that are looked up to find out whether it was app
 _TRANSIENT = (UnavailableError, OSError, TimeoutError)
 
 
+_forks = 0  # how often this process was forked off another since this module was loaded
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class Call:
     """What a public call with a timeout needs to know when its time is up."""
 
@@ -226,7 +238,7 @@ class _Lane:
 
 
 class Coalescer:
-    """The driver, for many callers at once. Opened and closed once, used on one event loop."""
+    """The driver, for many callers at once. Made, opened and closed on one event loop."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -235,8 +247,8 @@ class Coalescer:
         self._reader: asyncio.Task[None] | None = None  # while there is something to read
         self._scans = asyncio.Semaphore(_SCANS_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = 0
+        self._loop = asyncio.get_running_loop()
+        self._forks = _forks
         self._active = 0
         self._closed: asyncio.Future[None] | None = None  # done when the last public call has left
         self._closing: asyncio.Task[None] | None = None
@@ -246,8 +258,6 @@ class Coalescer:
 
     async def open(self) -> None:
         """Open the driver on this event loop. What fails, or is given up, is closed again."""
-        self._loop = asyncio.get_running_loop()
-        self._pid = os.getpid()
         opening = self._loop.create_task(self._driver.open())
         try:
             await asyncio.shield(opening)
@@ -286,7 +296,7 @@ class Coalescer:
         """Raise `ConfigurationError` where this object must not be used."""
         if self._closed is not None:
             message = "this persistence is closed; call create_persistence() again"
-        elif os.getpid() != self._pid:
+        elif self._forks != _forks:
             message = "this persistence was opened before a fork; call create_persistence() in the child"
         elif asyncio.get_running_loop() is not self._loop:
             message = "this persistence was opened on another event loop; open one for each loop"
@@ -302,26 +312,25 @@ class Coalescer:
     def leave(self) -> None:
         """End a public call."""
         self._active -= 1
-        if not self._active and self._closed is not None and not self._closed.done():
+        if self._closed is not None and not self._active and not self._closed.done():
             self._closed.set_result(None)
 
     # ---- reads
 
     async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
         """Return the entry of each key, None where there is none."""
-        if not keys:
-            return []
-        parts = [keys[at : at + MAX_GET_KEYS] for at in range(0, len(keys), MAX_GET_KEYS)]
-        futures = []
-        for part in parts:
-            future: asyncio.Future[list[Entry | None]] = asyncio.get_running_loop().create_future()
-            self._reads.append((part, future))
-            futures.append(future)
+        if len(keys) <= MAX_GET_KEYS:
+            return await self.ask(keys) if keys else []
+        parts = [self.ask(keys[at : at + MAX_GET_KEYS]) for at in range(0, len(keys), MAX_GET_KEYS)]
+        return [entry for part in await asyncio.gather(*parts) for entry in part]
+
+    def ask(self, keys: Sequence[Key]) -> asyncio.Future[list[Entry | None]]:
+        """Return a future of what `get` returns, for 1 to 256 keys."""
+        future: asyncio.Future[list[Entry | None]] = self._loop.create_future()
+        self._reads.append((keys, future))
         if self._reader is None:
-            self._reader = asyncio.get_running_loop().create_task(self._read())
-        if len(futures) == 1:
-            return await futures[0]
-        return [entry for part in await asyncio.gather(*futures) for entry in part]
+            self._reader = self._loop.create_task(self._read())
+        return future
 
     async def scan(
         self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
@@ -350,13 +359,13 @@ class Coalescer:
             self._reader = None
 
     async def _read_batch(self) -> None:
-        batch: list[tuple[Sequence[Key], asyncio.Future[list[Entry | None]]]] = []
+        reads, batch = self._reads, []
         keys: list[Key] = []
-        while self._reads and len(keys) + len(self._reads[0][0]) <= MAX_GET_KEYS:
-            part, future = self._reads.popleft()
-            if not future.done():
-                batch.append((part, future))
-                keys += part
+        while reads and len(keys) + len(reads[0][0]) <= MAX_GET_KEYS:
+            read = reads.popleft()
+            if not read[1].done():
+                batch.append(read)
+                keys += read[0]
         if not batch:
             return
         try:

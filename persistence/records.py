@@ -5,8 +5,9 @@ A field that this library does not know is kept in `extra` and given back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import msgspec
 
@@ -26,7 +27,7 @@ __all__ = [
 _MASK = "***"
 
 
-class Record(msgspec.Struct, kw_only=True, eq=False):
+class Record(msgspec.Struct, kw_only=True, eq=False, forbid_unknown_fields=True):
     """What all records have.
 
     `version` is what the store knows the record by: give it as
@@ -40,8 +41,10 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
 
     created_at: int = msgspec.field(default_factory=now_ms)
     updated_at: int = msgspec.field(default_factory=now_ms)
-    extra: dict[str, Any] = msgspec.field(default_factory=dict)
-    version: int = ABSENT
+    # Neither is stored. A stored field of such a name goes to `extra`: the limits are there so that a
+    # decoder refuses one that could not be told from the default.
+    extra: Annotated[dict[str, Any], msgspec.Meta(min_length=1)] = msgspec.field(default_factory=dict)
+    version: Annotated[int, msgspec.Meta(ge=1)] = ABSENT
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> Self:
@@ -85,6 +88,7 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
         return f"{type(self).__name__}({shown})"
 
     @classmethod
+    @functools.cache
     def _stored_fields(cls) -> tuple[str, ...]:
         return tuple(name for name in cls.__struct_fields__ if name not in ("extra", "version"))
 
