@@ -169,7 +169,8 @@ class Collection(Generic[R]):
         record = self._checked(record)
         partition = self.kind.partition(self.kind.id_of(record))
         hints = self.kind.hints(record)
-        body = await self.store.fill(partition, RecordBody(), record.to_mapping())
+        body = RecordBody()
+        await self.store.fill(partition, body, record.to_mapping())
         # The hints may go out before the record is known, all but those that
         # the record does not have yet (below).
         current, _ = await asyncio.gather(

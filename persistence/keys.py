@@ -21,7 +21,6 @@ MAX_ID_BYTES = 1 << 16
 
 _MAX_ENCODED = 200
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@+-]{1,200}")
-_NUMBER_DIGITS = 12
 
 
 def encode_id(id: str, what: str = "id") -> str:
@@ -51,7 +50,7 @@ def encode_id(id: str, what: str = "id") -> str:
 
 def number_key(prefix: str, number: int) -> str:
     """Return the key of entry `number` of a sequence: the keys sort as the numbers do."""
-    return f"{prefix}{number:0{_NUMBER_DIGITS}d}"
+    return f"{prefix}{number:012d}"
 
 
 def newest_first(created_at: int) -> str:

@@ -107,7 +107,7 @@ class _Read(LogBody):
     v: Any = UNSET
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct):
     """An entry to append: its object with the value filled in, and its size in bytes."""
 
     body: LogBody
@@ -122,7 +122,7 @@ class StoredItem(NamedTuple):
     value: Any
 
 
-class Tail(NamedTuple):
+class Tail(msgspec.Struct, frozen=True):
     """What the greatest entry tells: all that an append needs."""
 
     number: int  # the greatest number, markers included; 0: nothing was ever appended
@@ -134,42 +134,43 @@ class Tail(NamedTuple):
     born: int = 0  # number of the marker after the last delete: what was before is another life
 
 
-class _Append:
+class _Append(msgspec.Struct, eq=False):
     """Entries that one caller waits for, numbered together."""
 
-    __slots__ = (
-        "call",
-        "deadline",
-        "edit",
-        "expected_last",
-        "future",
-        "items",
-        "looked",
-        "once",
-        "once_version",
-        "size",
-    )
-
-    def __init__(self, future: asyncio.Future[int]) -> None:
-        self.future = future
-        self.deadline: float | None = None  # set when another writer was faster for the first time
-        self.call: Call | None = CALL.get()
-        self.items: Sequence[Item] = ()
-        self.size = 0
-        self.looked = False  # the end was read after this append had been asked for
-        self.once: str | None = None
-        self.once_version = ABSENT  # what lies under `once` and does not count
-        self.expected_last: int | None = None
-        self.edit: Callable[[Tail], Awaitable[tuple[Op, ...] | None]] | None = None
+    future: asyncio.Future[int]
+    call: Call | None
+    items: Sequence[Item] = ()
+    size: int = 0
+    once: str | None = None
+    once_version: int = ABSENT  # what lies under `once` and does not count
+    expected_last: int | None = None
+    edit: Callable[[Tail], Awaitable[tuple[Op, ...] | None]] | None = None
+    looked: bool = False  # the end was read after this append had been asked for
+    deadline: float | None = None  # set when another writer was faster for the first time
 
 
-class _Flight(NamedTuple):
-    """A Write on its way: what it appends, the first number of each, the end after it, its version to be."""
+class _Flight(msgspec.Struct, eq=False):
+    """A Write on its way, and who is told what became of it (a `Reply`): it passes that on to `landed`."""
 
     batch: list[_Append]
-    firsts: list[int]
-    tail: Tail
-    version: asyncio.Future[int]
+    firsts: list[int]  # the number that each begins with
+    tail: Tail  # the end after it
+    landed: _Landed
+
+    def done(self) -> bool:
+        return False  # numbers have been given: it is too late to drop it
+
+    def set_result(self, version: int, /) -> None:
+        self.landed(self, version, None)
+
+    def set_exception(self, error: BaseException, /) -> None:
+        self.landed(self, ABSENT, error)
+
+    def cancel(self) -> None:
+        self.landed(self, ABSENT, asyncio.CancelledError())
+
+
+_Landed = Callable[[_Flight, int, BaseException | None], None]
 
 
 class _Queue:
@@ -203,8 +204,7 @@ class Log:
     async def item(self, partition: str, value: Any, at: int | None = None) -> Item:
         """Make the entry for `value`; `at` is its time in milliseconds, by default now."""
         body = LogBody(at=self._store.clock() if at is None else at)
-        await self._store.fill(partition, body, value)
-        return Item(body, _OVERHEAD_BYTES + (0 if body.v is UNSET else len(memoryview(body.v))))
+        return Item(body, _OVERHEAD_BYTES + await self._store.fill(partition, body, value))
 
     async def append(
         self,
@@ -222,18 +222,18 @@ class Log:
         `ConflictError` if it is another, `NotFoundError` if the sequence was
         deleted, `UnavailableError` if others are faster for 10 seconds.
         """
-        append = _Append(asyncio.get_running_loop().create_future())
-        append.items = items
-        append.size = sum(item.size for item in items)
-        if once is not None:
-            append.once = self._once + once
-        append.expected_last = expected_last
-        room = self._store.coalescer.room
-        await room.take(append.size)
+        coalescer = self._store.coalescer
+        size = items[0].size if len(items) == 1 else sum(item.size for item in items)
+        if not coalescer.room.take_at_once(size):
+            await coalescer.room.take(size)
         try:
+            append = _Append(coalescer.loop.create_future(), CALL.get(), items, size)
+            if once is not None:
+                append.once = self._once + once
+            append.expected_last = expected_last
             return await self._enqueue(partition, append)
         finally:
-            room.give(append.size)
+            coalescer.room.give(size)
 
     async def edit(
         self, partition: str, make: Callable[[Tail], Awaitable[tuple[Op, ...] | None]]
@@ -243,8 +243,7 @@ class Log:
         Returns the version, `ABSENT` if it was refused (somebody was faster:
         call again), or None if `make` had nothing to change.
         """
-        append = _Append(asyncio.get_running_loop().create_future())
-        append.edit = make
+        append = _Append(self._store.coalescer.loop.create_future(), CALL.get(), edit=make)
         version = await self._enqueue(partition, append)
         return None if version < 0 else version
 
@@ -255,38 +254,39 @@ class Log:
         queue.waiting.append(append)
         if not queue.running:
             queue.running = True
-            if not self._send_at_once(partition, queue):
-                self._store.coalescer.start(self._drain(partition, queue))
+            self._go_on(partition, queue)
         return append.future
 
+    def _go_on(self, partition: str, queue: _Queue) -> None:
+        """Send what waits for one sequence: at once, or by a task where that takes more than one step."""
+        if not queue.waiting:
+            queue.running = False
+            self._queues.pop(partition, None)
+        elif not self._send_at_once(partition, queue):
+            self._store.coalescer.start(self._drain(partition, queue))
+
     def _send_at_once(self, partition: str, queue: _Queue) -> bool:
-        """Send a lone append without a task of its own: an eighth less time. False: it is not so simple."""
-        tail = self._remembered(partition)
+        now = _seconds()
+        tail = self._remembered(partition, now)
         if tail is None or queue.waiting[0].edit is not None:
             return False
         batch = self._take(partition, queue, tail)
         if not batch:
             return False
+
+        def landed(flight: _Flight, version: int, error: BaseException | None) -> None:
+            if isinstance(error, asyncio.CancelledError):
+                _fail(queue.waiting, error)
+                queue.waiting.clear()
+            if not self._arrive(partition, flight, version, error):
+                queue.waiting.extendleft(reversed(batch))
+            self._go_on(partition, queue)
+
         try:
-            flight = self._depart(partition, batch, tail)
-        except Exception as error:
+            self._depart(partition, batch, tail, now, landed)
+        except Exception as error:  # the batch alone has failed, not those behind it
             _fail(batch, error)
             return False
-
-        def landed(version: asyncio.Future[int]) -> None:
-            try:
-                if not self._arrive(partition, flight):
-                    queue.waiting.extendleft(reversed(batch))
-            except asyncio.CancelledError as error:
-                _fail([*batch, *queue.waiting], error)
-                queue.waiting.clear()
-            if queue.waiting:
-                self._store.coalescer.start(self._drain(partition, queue))
-            else:
-                queue.running = False
-                self._queues.pop(partition, None)
-
-        flight.version.add_done_callback(landed)
         return True
 
     async def _drain(self, partition: str, queue: _Queue) -> None:
@@ -295,7 +295,7 @@ class Log:
         attempt = 0
         try:
             while queue.waiting:
-                tail = self._remembered(partition)
+                tail = self._remembered(partition, _seconds())
                 if tail is None:
                     tail = await self._look(partition, queue)
                 batch = self._take(partition, queue, tail)
@@ -353,8 +353,7 @@ class Log:
         batch: list[_Append] = []
         onces: set[str] = set()
         ops = size = 0
-        last = tail.last
-        now = asyncio.get_running_loop().time()
+        last, number = tail.last, tail.number
         while queue.waiting:
             append = queue.waiting[0]
             if append.future.done():
@@ -371,7 +370,7 @@ class Log:
                 return batch
             if append.once is not None and append.once in onces:
                 return batch
-            doubt = _doubt(partition, append, tail, last, now)
+            doubt = self._doubt(partition, append, tail, last)
             if doubt is not None:
                 if batch or not append.looked:
                     return batch
@@ -383,46 +382,62 @@ class Log:
                 onces.add(append.once)
             ops += count
             size += append.size
-            last = tail.number + sum(len(taken.items) for taken in batch)
+            last = number = number + len(append.items)
         return batch
+
+    def _doubt(self, partition: str, append: _Append, tail: Tail, last: int) -> PersistenceError | None:
+        if tail.deleted:
+            return NotFoundError("it was deleted; save it again first", partition=partition)
+        if append.expected_last is not None and append.expected_last != last:
+            message = f"the last number is {last}, not {append.expected_last}"
+            return ConflictError(message, partition=partition)
+        if append.deadline is not None and self._store.coalescer.loop.time() > append.deadline:
+            return _outpaced(partition)
+        return None
 
     async def _send(self, partition: str, batch: list[_Append], tail: Tail) -> bool:
         """Write the batch after `tail`. False: refused, to be tried again."""
+        arrived: asyncio.Future[bool] = self._store.coalescer.loop.create_future()
+
+        def landed(flight: _Flight, version: int, error: BaseException | None) -> None:
+            taken = self._arrive(partition, flight, version, error)
+            if isinstance(error, asyncio.CancelledError):
+                arrived.cancel()
+            elif not arrived.done():
+                arrived.set_result(taken)
+
         try:
-            flight = self._depart(partition, batch, tail)
+            self._depart(partition, batch, tail, _seconds(), landed)
         except Exception as error:  # the batch alone has failed, not those behind it
             _fail(batch, error)
             return True
-        await asyncio.wait([flight.version])
-        return self._arrive(partition, flight)
+        return await arrived
 
-    def _depart(self, partition: str, batch: list[_Append], tail: Tail) -> _Flight:
+    def _depart(self, partition: str, batch: list[_Append], tail: Tail, now: float, landed: _Landed) -> None:
         """Number the batch after `tail` and hand it over to be written."""
         number, count = tail.number, tail.visible
         ops: list[Op] = []
-        firsts = []
+        firsts: list[int] = []
         for append in batch:
             firsts.append(number + 1)
             for item in append.items:
                 number += 1
                 count += 1
-                item.body.n = count
-                item.body.m = tail.marker
-                item.body.b = tail.born
-                ops.append(Put(self._key(number), pack(item.body), ABSENT))
+                body = item.body
+                body.n, body.m, body.b = count, tail.marker, tail.born
+                ops.append(Put(number_key(self._prefix, number), pack(body), ABSENT))
             if append.once is not None:
                 once = LogBody(n=firsts[-1], at=self._store.clock())
                 ops.append(Put(append.once, pack(once), append.once_version))
         calls = [append.call for append in batch if append.call is not None]
         for call in calls:
             call.sent = True  # in a numbered batch nobody can step back any more
-        end = Tail(number, count, tail.marker, number, False, _seconds(), tail.born)
-        return _Flight(batch, firsts, end, self._store.coalescer.submit(partition, tuple(ops), calls=calls))
+        end = Tail(number, count, tail.marker, number, False, now, tail.born)
+        self._store.coalescer.submit(partition, tuple(ops), _Flight(batch, firsts, end, landed), calls)
 
-    def _arrive(self, partition: str, flight: _Flight) -> bool:
+    def _arrive(self, partition: str, flight: _Flight, version: int, error: BaseException | None) -> bool:
         """Tell the callers how it went. False: refused, to be tried again."""
-        error = flight.version.exception()
-        if error is None and flight.version.result():
+        if version:
             self._remember(partition, flight.tail)
             for append, first in zip(flight.batch, flight.firsts, strict=True):
                 if not append.future.done():
@@ -430,7 +445,7 @@ class Log:
             return True
         self._tails.pop(partition, None)
         if error is None:
-            deadline = asyncio.get_running_loop().time() + _APPEND_SECONDS
+            deadline = self._store.coalescer.loop.time() + _APPEND_SECONDS
             for append in flight.batch:
                 append.deadline = append.deadline or deadline
             return False
@@ -447,7 +462,9 @@ class Log:
                 calls = () if append.call is None else (append.call,)
                 for call in calls:
                     call.sent = True
-                version = await self._store.coalescer.submit(partition, ops, calls=calls)
+                written: asyncio.Future[int] = self._store.coalescer.loop.create_future()
+                self._store.coalescer.submit(partition, ops, written, calls)
+                version = await written
         except Exception as error:
             _fail([append], error)
         else:
@@ -478,9 +495,9 @@ class Log:
         last = body.r[-1][1] if body.r else 0
         return Tail(number, body.n, number, last, body.k == "delete", since, body.b)
 
-    def _remembered(self, partition: str) -> Tail | None:
+    def _remembered(self, partition: str, now: float) -> Tail | None:
         tail = self._tails.get(partition)
-        if tail is not None and _seconds() - tail.since > FORGET_SECONDS:
+        if tail is not None and now - tail.since > FORGET_SECONDS:
             del self._tails[partition]
             return None
         return tail
@@ -801,17 +818,6 @@ async def _steadily(work: Callable[[], Awaitable[T]]) -> T:
         except (_ChangedError, MissingChunkError):
             await backoff(attempt)
     return await work()
-
-
-def _doubt(partition: str, append: _Append, tail: Tail, last: int, now: float) -> PersistenceError | None:
-    if tail.deleted:
-        return NotFoundError("it was deleted; save it again first", partition=partition)
-    if append.expected_last is not None and append.expected_last != last:
-        message = f"the last number is {last}, not {append.expected_last}"
-        return ConflictError(message, partition=partition)
-    if append.deadline is not None and now > append.deadline:
-        return _outpaced(partition)
-    return None
 
 
 def _outpaced(partition: str) -> UnavailableError:

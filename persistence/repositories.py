@@ -462,10 +462,12 @@ class Sessions(Repository):
         return record
 
     async def _item(self, partition: str, message: Mapping[str, Any], at: int | None = None) -> Item:
-        if not isinstance(message, Mapping):
-            text = f"a message must be a mapping, not {type(message).__name__}"
-            raise InvalidValueError(text, partition=partition)
-        return await self.log.item(partition, message if type(message) is dict else dict(message), at)
+        if type(message) is not dict:
+            if not isinstance(message, Mapping):
+                text = f"a message must be a mapping, not {type(message).__name__}"
+                raise InvalidValueError(text, partition=partition)
+            message = dict(message)
+        return await self.log.item(partition, message, at)
 
     async def _read(
         self, session_id: str, last: int | None, after: int | None, before: int | None, limit: int | None

@@ -24,7 +24,7 @@ from persistence import codec
 from persistence.coalescer import Coalescer
 from persistence.driver import ABSENT, MAX_VALUE_BYTES, Entry, Key, Put
 from persistence.errors import CorruptRecordError, InvalidValueError
-from persistence.ids import Clock, IdFactory
+from persistence.ids import Clock, IdFactory, now_ms
 from persistence.keys import prefix_end
 
 __all__ = ["CHUNK", "FORMAT", "MAX_BYTES", "Body", "Chunks", "MissingChunkError", "Store", "pack"]
@@ -84,21 +84,21 @@ class Store:
 
     def __init__(self, coalescer: Coalescer, clock: Clock, ids: IdFactory) -> None:
         self.coalescer = coalescer
-        self.clock: Clock = lambda: int(clock())  # time.time() * 1000 gives a float
+        # One of the user's may be time.time() * 1000, which gives a float.
+        self.clock: Clock = clock if clock is now_ms else lambda: int(clock())
         self.ids = ids
 
-    async def fill(self, partition: str, body: B, value: Any) -> B:
-        """Put `value` into `body`; write its chunks first if it is long.
+    async def fill(self, partition: str, body: Body, value: Any) -> int:
+        """Put `value` into `body`; write its chunks first if it is long. Return how many bytes `body` holds.
 
         Raises `InvalidValueError` for what cannot be stored exactly or has more than `MAX_BYTES`.
         """
-        text, tagged = codec.encode(value)
-        body.t = tagged
+        text, body.t = codec.encode(value)
         if len(text) <= INLINE_BYTES:
             body.v = Raw(text)
-        else:
-            body.c = await self._write_chunks(partition, text)
-        return body
+            return len(text)
+        body.c = await self._write_chunks(partition, text)
+        return 0
 
     async def value(self, partition: str, key: str, body: Body) -> Any:
         """Return the value of `body`, as it was given to `fill`."""

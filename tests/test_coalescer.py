@@ -302,7 +302,9 @@ async def test_the_bytes_that_wait_are_bounded(driver: RecordingDriver) -> None:
         await core.room.take(1 << 20)
         submitted += 1
         try:
-            return await core.submit(f"p{n}", (Put("k", bytes(1 << 20)),))
+            written: asyncio.Future[int] = core.loop.create_future()
+            core.submit(f"p{n}", (Put("k", bytes(1 << 20)),), written, ())
+            return await written
         finally:
             core.room.give(1 << 20)
 
