@@ -30,9 +30,9 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final, TypeAlias, TypeVar, TypeVarTuple
+from typing import Any, Final, TypeAlias, TypeGuard, TypeVar, TypeVarTuple
 
-from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
+from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Op, Page, Put, Write
 from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
 from persistence.options import (
     Durability,
@@ -61,6 +61,7 @@ _SQL: Final = {
     "version": """SELECT ver FROM "{t}" WHERE p = ? AND k = ?""",
     "scan": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k >= ? AND k < ? ORDER BY k LIMIT ?""",
     "scan down": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k >= ? AND k < ? ORDER BY k DESC LIMIT ?""",
+    "new": """INSERT INTO "{t}" (p, k, v, ver) VALUES (?, ?, ?, ?) ON CONFLICT (p, k) DO NOTHING""",
     "put": """INSERT INTO "{t}" (p, k, v, ver) VALUES (?, ?, ?, ?)
         ON CONFLICT (p, k) DO UPDATE SET v = excluded.v, ver = excluded.ver""",
     "delete": """DELETE FROM "{t}" WHERE p = ? AND k = ?""",
@@ -69,6 +70,7 @@ _SQL: Final = {
     "next partition": """SELECT min(p) FROM "{t}" WHERE p > ? AND p < ?""",
 }
 
+_ROWS: Final = 8  # fetched at a time: each may have a megabyte
 _PURGE_STEP: Final = 0.02
 """Seconds that `purge` holds the write lock, and then leaves it to others."""
 
@@ -180,36 +182,38 @@ class SQLiteDriver:
         size = 0
         statement = self._sql["scan down" if reverse else "scan"]
         bounds = (self._name(partition), start, _PAST_ALL_KEYS if end is None else end)
-        # SQLite looks for a row when it is asked for it, so a page that its size cuts short reads no further.
+        # SQLite looks for rows when they are asked for: a page that its size cuts short reads little further.
         with closing(db.execute(statement, (*bounds, limit + 1))) as rows:
-            for row in rows:
-                entry = Entry._make(row)
-                size += len(entry.key) + len(entry.value)
-                if entries and (len(entries) == limit or size > PAGE_BYTES):
-                    return Page(entries, True)
-                entries.append(entry)
-        return Page(entries, False)
+            while found := rows.fetchmany(_ROWS):
+                entries += map(Entry._make, found)
+                size += sum([len(key) + len(value) for key, value, _ in found])
+                if size > PAGE_BYTES:
+                    while size > PAGE_BYTES:
+                        last = entries.pop()
+                        size -= len(last.key) + len(last.value)
+                    return Page(entries[:limit], True)
+        return Page(entries[:limit], len(entries) > limit)
 
     def _commit(self, db: sqlite3.Connection, writes: Sequence[Write]) -> list[bool | None]:
         with db:
-            # A plain BEGIN would fail, and not wait, if another process wrote before its first change.
-            db.execute("BEGIN IMMEDIATE")
-            # The Writes are of different partitions: what one changes, no other tests.
-            outcomes: list[bool | None] = [self._holds(db, write) for write in writes]
-            held = [(self._name(w.partition), w) for w, holds in zip(writes, outcomes, strict=True) if holds]
-            puts = ((p, op.key, op.value, w.version) for p, w in held for op in w.ops if isinstance(op, Put))
-            deletes = ((p, op.key) for p, w in held for op in w.ops if isinstance(op, Delete))
-            db.executemany(self._sql["put"], puts)
-            db.executemany(self._sql["delete"], deletes)
-            return outcomes
+            # A lone statement is a transaction by itself. And a plain BEGIN would fail, not wait, if
+            # another process wrote before its first change.
+            if len(writes) != 1 or not _is_create(writes[0].ops):
+                db.execute("BEGIN IMMEDIATE")
+            return [self._apply(db, self._name(write.partition), write) for write in writes]
 
-    def _holds(self, db: sqlite3.Connection, write: Write) -> bool:
-        name = self._name(write.partition)
+    def _apply(self, db: sqlite3.Connection, name: str, write: Write) -> bool:
+        if _is_create(write.ops):
+            (put,) = write.ops
+            return db.execute(self._sql["new"], (name, put.key, put.value, write.version)).rowcount == 1
         for op in write.ops:
             if op.expect is not None:
                 row = db.execute(self._sql["version"], (name, op.key)).fetchone()
                 if op.expect != (ABSENT if row is None else row[0]):
                     return False
+        puts = ((name, op.key, op.value, write.version) for op in write.ops if isinstance(op, Put))
+        db.executemany(self._sql["put"], puts)
+        db.executemany(self._sql["delete"], ((name, op.key) for op in write.ops if isinstance(op, Delete)))
         return True
 
     def _purge(self, db: sqlite3.Connection, partition: str, start: str, end: str | None) -> bool:
@@ -297,6 +301,10 @@ def from_url(url: str) -> SQLiteDriver:
         message = "sqlite:// URL: write sqlite:///relative/path or sqlite:////absolute/path, and %23 for '#'"
         raise ConfigurationError(message)
     return SQLiteDriver(split.path, **split.options)
+
+
+def _is_create(ops: tuple[Op, ...]) -> TypeGuard[tuple[Put]]:
+    return len(ops) == 1 and isinstance(ops[0], Put) and ops[0].expect == ABSENT
 
 
 _Calls: TypeAlias = "SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None]"

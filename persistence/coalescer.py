@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 from zlib import crc32
@@ -359,15 +360,15 @@ class Coalescer:
             async with self._scans:
                 return await self._driver.scan(partition, start, end, limit=limit, reverse=reverse)
 
-        return await self._run(lambda: self._persist(call))
+        return await self._run(call)
 
     async def purge(self, partition: str, start: str, end: str | None) -> None:
         """Remove a range that nobody needs any more; see `Driver.purge`."""
-        await self._run(lambda: self._persist(lambda: self._driver.purge(partition, start, end)))
+        await self._run(lambda: self._driver.purge(partition, start, end))
 
     async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
         """Return a page of partitions; see `Driver.partitions`."""
-        return await self._run(lambda: self._persist(lambda: self._driver.partitions(cursor, limit)))
+        return await self._run(lambda: self._driver.partitions(cursor, limit))
 
     async def _read(self) -> None:
         try:
@@ -390,7 +391,7 @@ class Coalescer:
             entries = await self._get(keys)
         except Exception:  # each caller gets its own answer, below
             for part, future in batch:
-                self.start(self._read_alone(part, future))
+                self.start(self._answer(future, partial(self._read_alone, part)))
             return
         except asyncio.CancelledError:
             for _, future in (*batch, *self._reads):
@@ -402,18 +403,9 @@ class Coalescer:
                 future.set_result(entries[at : at + len(part)])
             at += len(part)
 
-    async def _read_alone(self, keys: Sequence[Key], future: asyncio.Future[list[Entry | None]]) -> None:
-        async def call() -> list[Entry | None]:
-            async with self._scans:
-                return await self._get(keys)
-
-        try:
-            entries = await self._persist(call)
-        except (Exception, asyncio.CancelledError) as error:
-            fail(future, error)
-        else:
-            if not future.done():
-                future.set_result(entries)
+    async def _read_alone(self, keys: Sequence[Key]) -> list[Entry | None]:
+        async with self._scans:
+            return await self._get(keys)
 
     async def _get(self, keys: Sequence[Key]) -> list[Entry | None]:
         entries = await self._driver.get(keys)
@@ -438,12 +430,20 @@ class Coalescer:
             await backoff(attempt)
             attempt += 1
 
-    async def _run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Await a driver call in a task of its own, which the caller's cancellation does not reach."""
-        task = self.start(call())
-        # Its caller may be cancelled, and then nobody asks for the outcome.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(task)
+    async def _run(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Persist in a task of its own, which the caller's cancellation does not reach."""
+        future: asyncio.Future[T] = self.loop.create_future()
+        self.start(self._answer(future, call))
+        return await future
+
+    async def _answer(self, future: asyncio.Future[T], call: Callable[[], Awaitable[T]]) -> None:
+        try:
+            result = await self._persist(call)
+        except (Exception, asyncio.CancelledError) as error:
+            fail(future, error)
+        else:
+            if not future.done():
+                future.set_result(result)
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run a task that belongs to no caller; `close` waits for it."""

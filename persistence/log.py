@@ -23,7 +23,7 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -38,7 +38,7 @@ from persistence.errors import (
     UnavailableError,
 )
 from persistence.keys import after, number_key, prefix_end
-from persistence.store import FORMAT, Body, Chunks, MissingChunkError, Store, pack
+from persistence.store import Body, Chunks, MissingChunkError, Store, pack
 
 __all__ = [
     "APPEND_BYTES",
@@ -101,10 +101,14 @@ class LogBody(Body):
     r: list[Span] | msgspec.UnsetType = UNSET
 
 
-class _Read(LogBody):
-    """A stored object with its value decoded in the same go, which without tags is all there is to do."""
+class _Plain(msgspec.Struct):
+    """An entry whose value can be read along with it. Anything else a decoder of this refuses."""
 
-    v: Any = UNSET
+    f: Literal[1]  # FORMAT
+    v: Any
+    at: int = 0
+    k: None = None
+    t: None = None
 
 
 class Item(msgspec.Struct):
@@ -114,7 +118,7 @@ class Item(msgspec.Struct):
     size: int
 
 
-class StoredItem(NamedTuple):
+class StoredItem(msgspec.Struct, frozen=True):
     """An entry that was read."""
 
     number: int
@@ -196,8 +200,7 @@ class Log:
         self._queues: dict[str, _Queue] = {}
         self._tails: OrderedDict[str, Tail] = OrderedDict()
         self._decoder = msgspec.json.Decoder(LogBody)
-        self._read_decoder = msgspec.json.Decoder(_Read)
-        self._batch_decoder = msgspec.json.Decoder(list[_Read])
+        self._plain = msgspec.json.Decoder(list[_Plain])
 
     # ---- appending
 
@@ -549,36 +552,35 @@ class Log:
                 tail = self._tail_of(partition, ending, since)
         else:
             page, tail = await asyncio.gather(first, self.tail(partition))
+        if newest and below is None and limit is not None and 0 < limit == len(page.entries):
+            oldest = self._number(partition, page.entries[-1].key)
+            if tail.number - oldest == limit - 1 and oldest > tail.marker:
+                # All after the last marker, and no gap: no need to read the marker, or every key.
+                items = await self._items(partition, range(tail.number, oldest - 1, -1), page.entries)
+                return items[::-1]
         ready = self._by_number(partition, page.entries)
-        if (
-            newest
-            and below is None
-            and limit is not None
-            and len(ready) >= limit
-            and min(ready) > tail.marker
-        ):
-            spans = [(tail.marker + 1, tail.number)]  # all after the last marker: no need to read it
-        else:
-            spans = await self._spans(partition, tail, ready)
+        spans = await self._spans(partition, tail, ready)
         spans = _within(spans, above + 1, tail.number if below is None else below - 1)
-        found = await self._collect(partition, spans, ready, limit, newest=newest)
-        items = await self._items(partition, found)
+        numbers, entries = await self._collect(partition, spans, ready, limit, newest=newest)
+        items = await self._items(partition, numbers, entries)
         return items[::-1] if newest else items
 
     async def _collect(
         self, partition: str, spans: list[Span], ready: dict[int, Entry], limit: int | None, *, newest: bool
-    ) -> list[tuple[int, Entry]]:
-        found: list[tuple[int, Entry]] = []
+    ) -> tuple[list[int], list[Entry]]:
+        """Return the numbers and entries of `spans`; those in `ready` need not be read."""
         step = -1 if newest else 1
+        numbers: list[int] = []
+        entries: list[Entry] = []
         for low, high in reversed(spans) if newest else spans:
             number, stop = (high, low - 1) if newest else (low, high + 1)
             while number != stop:
-                if limit is not None and len(found) == limit:
-                    return found
+                if limit is not None and len(entries) == limit:
+                    return numbers, entries
                 entry = ready.get(number)
                 if entry is None:
                     wanted = min(
-                        _PAGE, abs(stop - number), limit - len(found) if limit is not None else _PAGE
+                        _PAGE, abs(stop - number), limit - len(entries) if limit is not None else _PAGE
                     )
                     bounds = (low, number) if newest else (number, high)
                     page = await self._store.coalescer.scan(
@@ -593,34 +595,35 @@ class Log:
                 if entry is None:
                     message = f"entry {number} is missing"
                     raise _ChangedError(message, partition=partition)
-                found.append((number, entry))
+                numbers.append(number)
+                entries.append(entry)
                 number += step
-        return found
+        return numbers, entries
 
-    async def _items(self, partition: str, found: list[tuple[int, Entry]]) -> list[StoredItem]:
-        items = []
-        for at in range(0, len(found), _DECODED_AT_ONCE):
-            part = found[at : at + _DECODED_AT_ONCE]
-            for (number, entry), body in zip(part, self._bodies(partition, part), strict=True):
-                if body.k != "entry":
-                    message = f"entry {number} is hidden"
-                    raise _ChangedError(message, partition=partition)
-                value = body.v
-                if body.t or value is UNSET:
-                    value = await self._store.value(partition, entry.key, self._unpack(partition, entry))
-                items.append(StoredItem(number, body.at, value))
+    async def _items(self, partition: str, numbers: Sequence[int], entries: list[Entry]) -> list[StoredItem]:
+        items: list[StoredItem] = []
+        for at in range(0, len(entries), _DECODED_AT_ONCE):
+            part = entries[at : at + _DECODED_AT_ONCE]
+            # One text for all takes half the time; if any is not plain, each tells for itself.
+            text = b",".join([entry.value for entry in part])
+            try:
+                plain = self._plain.decode(b"[" + text + b"]")
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                plain = []
+            if len(plain) == len(part):
+                pairs = zip(numbers[at : at + len(part)], plain, strict=True)
+                items += [StoredItem(number, body.at, body.v) for number, body in pairs]
+            else:
+                for number, entry in zip(numbers[at : at + len(part)], part, strict=True):
+                    items.append(await self._item(partition, number, entry))
         return items
 
-    def _bodies(self, partition: str, found: list[tuple[int, Entry]]) -> list[_Read]:
-        # One text for all takes half the time; if anything is wrong with it, each tells for itself.
-        text = b",".join([entry.value for _, entry in found])
-        try:
-            bodies = self._batch_decoder.decode(b"[" + text + b"]")
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            bodies = []
-        if len(bodies) == len(found) and all(body.f == FORMAT for body in bodies):
-            return bodies
-        return [self._store.unpack(self._read_decoder, partition, entry) for _, entry in found]
+    async def _item(self, partition: str, number: int, entry: Entry) -> StoredItem:
+        body = self._unpack(partition, entry)
+        if body.k != "entry":
+            message = f"entry {number} is hidden"
+            raise _ChangedError(message, partition=partition)
+        return StoredItem(number, body.at, await self._store.value(partition, entry.key, body))
 
     def _by_number(self, partition: str, entries: Sequence[Entry]) -> dict[int, Entry]:
         if not entries:

@@ -346,7 +346,8 @@ class Sessions(Repository):
         timeout: float | None = None,
     ) -> list[StoredMessage]:
         """Return what `get_messages` returns, each with its number and time."""
-        return [StoredMessage(*item) for item in await self._read(session_id, last, after, before, limit)]
+        items = await self._read(session_id, last, after, before, limit)
+        return [StoredMessage(item.number, item.at, item.value) for item in items]
 
     @public
     async def count_messages(self, session_id: str, *, timeout: float | None = None) -> int:
