@@ -122,16 +122,16 @@ class Node:
                 yield from part[1].nodes()
 
 
-class Remembered(NamedTuple):
-    """What came of an item that is a piece of its own: about its bytes, its stored form and digest."""
+class Remembered(msgspec.Struct, frozen=True):
+    """What came of an item, or a run of them: about its bytes; of a piece also its stored form and digest."""
 
     size: int
-    text: bytes
-    digest: bytes
+    text: bytes = b""
+    digest: bytes = b""
 
 
-Memo = dict[bytes, Remembered]
-"""By a copy of the item that `marshal` made, which is equal for equal items and for no others.
+Memo = dict[bytes | tuple[bytes, ...], Remembered]
+"""By copies of the items that `marshal` made, which are equal for equal items and for no others.
 
 `marshal` tells all types apart that JSON has, refuses subclasses, and writes
 nothing else as it writes those. Nothing is ever loaded from it. A string may
@@ -338,7 +338,13 @@ class _Cutter:
             self.exotic = exotic or 1 in exotics
             return total
         self.exotic = exotic
-        return self._cut_items(kind, items, sizes, exotics, copies, known)
+        if copies is not None and known is not None:
+            for copied, old, size, exotic_item in zip(copies, known, sizes, exotics, strict=True):
+                if old is not None:
+                    self.learnt[copied] = old
+                elif type(size) is int and not exotic_item:
+                    self.learnt[copied] = Remembered(size)
+        return self._cut_items(kind, items, sizes, exotics, copies)
 
     def _copies(self, items: list[Any]) -> list[bytes] | None:
         try:
@@ -369,7 +375,6 @@ class _Cutter:
         sizes: list[int | Node],
         exotics: bytearray,
         copies: list[bytes] | None,
-        known: Sequence[Remembered | None] | None,
     ) -> Node:
         node = Node(kind)
         full = self.grain.group
@@ -378,19 +383,6 @@ class _Cutter:
         exotic = False
         for at, size in enumerate(sizes):
             if type(size) is int:
-                if weight == 0 and size >= full:  # a piece by itself
-                    old = None if known is None else known[at]
-                    if old is not None:
-                        self._append(node, old.text, old.digest)
-                        self._add(len(old.text) - _FRAME)
-                    else:
-                        self._store(node, items[at : at + 1], size, bool(exotics[at]))
-                        if copies is not None and not exotics[at]:
-                            old = Remembered(size, self.texts[-1], self.digests[-1])
-                    if old is not None and copies is not None:
-                        self.learnt[copies[at]] = old
-                    first = at + 1
-                    continue
                 weight += size + 1
                 if exotics[at]:
                     exotic = True
@@ -400,7 +392,16 @@ class _Cutter:
             else:
                 last = at
             if first < last:
-                self._store(node, items[first:last], weight, exotic)
+                run = None if copies is None or exotic or weight < full else tuple(copies[first:last])
+                if run is None:
+                    self._store(node, items[first:last], weight, exotic)
+                elif (old := self.memo.get(run)) is not None:
+                    self._append(node, old.text, old.digest)
+                    self._add(len(old.text) - _FRAME)
+                    self.learnt[run] = old
+                else:
+                    self._store(node, items[first:last], weight, exotic)
+                    self.learnt[run] = Remembered(weight, self.texts[-1], self.digests[-1])
             if last == at:
                 self._add(1)
                 node.parts.append((None, sizes[at]))  # type: ignore[arg-type]  # a Node
