@@ -315,7 +315,12 @@ def _list(kind: str, found: Sequence[str], count: int) -> None:
 
 
 @app.command()
-def schema(url: URL) -> None:
+def schema(
+    url: URL,
+    view: Annotated[
+        bool, typer.Option("--view", help="Those of a view that shows names and values as text or JSON.")
+    ] = False,
+) -> None:
     """Print the statements that create a store.
 
     They are for your migration tool; nothing is connected to. With create=false in the URL of the
@@ -324,13 +329,16 @@ def schema(url: URL) -> None:
     \b
     Example:
       persistence schema postgresql://localhost/agents > schema.sql
+      persistence schema postgresql://localhost/agents --view | psql agents
     """
     try:
         driver = driver_from_url(url)
     except PersistenceError as error:
         _fail_with(error)
-    ddl: Callable[[], str] | None = getattr(driver, "ddl", None)
-    if ddl is None:
+    ddl: Callable[[], str] | None = getattr(driver, "view_ddl" if view else "ddl", None)
+    if ddl is None and view:
+        typer.echo(f"{masked_url(url)}: there is no view for it, the data are legible as they are", err=True)
+    elif ddl is None:
         typer.echo(f"{masked_url(url)}: it needs no statements, opening it creates it", err=True)
     else:
         typer.echo(ddl())

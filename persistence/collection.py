@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -77,12 +77,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Kind(Generic[R]):
-    """A kind of record: its name (its partitions begin with it), type, id and listings."""
+    """A kind of record: its name (its partitions begin with it), type, id and listings; when one expires."""
 
     name: str
     type: type[R]
     id_field: str
     places: Callable[[R], Sequence[Place]]
+    expires_at: Callable[[R], int | None] | None = None
 
     def partition(self, id: str) -> str:
         """Return the partition of the record `id`."""
@@ -121,7 +122,7 @@ class Collection(Generic[R]):
     # ---- one record
 
     async def find(self, id: str) -> R | None:
-        """Return the record, None if there is none."""
+        """Return the record, None if there is none or it has expired."""
         key = Key(self.kind.partition(id), RECORD)
         (entry,) = await self.store.coalescer.ask((key,))
         return None if entry is None else await self._record(key.partition, entry)
@@ -137,9 +138,16 @@ class Collection(Generic[R]):
 
     async def exists(self, id: str) -> bool:
         """Tell whether there is a record."""
+        if self.kind.expires_at is not None:
+            return await self.find(id) is not None
         partition = self.kind.partition(id)
         (entry,) = await self.store.coalescer.get([Key(partition, RECORD)])
         return entry is not None and self._unpack(partition, entry).deleted is None
+
+    def expired(self, record: R) -> bool:
+        """Tell whether the time of a record has come: only what deletes it still sees it."""
+        at = None if self.kind.expires_at is None else self.kind.expires_at(record)
+        return at is not None and at <= self.store.clock()
 
     async def load(self, id: str) -> Loaded[R]:
         """Return what lies under the key of the record."""
@@ -160,11 +168,13 @@ class Collection(Generic[R]):
         *,
         expected_version: int | None = None,
         revive: Callable[[Loaded[R], Put], Any] | None = None,
+        expire: Callable[[str], Awaitable[object]] | None = None,
     ) -> int:
         """Create or replace a record; return its version. Two round trips, more if its listings change.
 
         `revive` writes the given Put over a tombstone, with whatever belongs to
         it, and returns the version or `ABSENT`; by default it is just put.
+        `expire` deletes the expired record of that id, which makes way.
         """
         record = self._checked(record)
         partition = self.kind.partition(self.kind.id_of(record))
@@ -179,6 +189,9 @@ class Collection(Generic[R]):
         deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
         attempt = 0
         while True:
+            if expire is not None and current.record is not None and self.expired(current.record):
+                await expire(self.kind.id_of(record))
+                current = await self.load(self.kind.id_of(record))
             live = current.version if current.record is not None else ABSENT
             if expected_version is not None and expected_version != live:
                 await self._drop_chunks(partition, body)
@@ -356,8 +369,8 @@ class Collection(Generic[R]):
         else:
             message = f"a {self.kind.type.__name__} is needed, not {type(record).__name__}"
             raise InvalidValueError(message)
-        for field in ("created_at", "updated_at"):
-            if not -_INT64 <= getattr(record, field) < _INT64:
+        for field in ("created_at", "updated_at", "expires_at"):
+            if not -_INT64 <= (getattr(record, field, 0) or 0) < _INT64:
                 message = f"{field}={getattr(record, field)}: use milliseconds within 64 bits"
                 raise InvalidValueError(message)
         return record
@@ -375,8 +388,9 @@ class Collection(Generic[R]):
                 and body.f == FORMAT
             ):
                 record.version = entry.version
-                return record
-        return (await self._loaded(partition, entry)).record
+                return None if self.kind.expires_at is not None and self.expired(record) else record
+        found = (await self._loaded(partition, entry)).record
+        return None if found is None or self.expired(found) else found
 
     async def _loaded(self, partition: str, entry: Entry) -> Loaded[R]:
         body = self._unpack(partition, entry)

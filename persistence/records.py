@@ -125,7 +125,8 @@ class SessionRecord(Record):
     """A session: one conversation of an image.
 
     A fork names its source in `parent_session_id`, and in `parent_seq` the
-    number of the last message that it took over (0: none).
+    number of the last message that it took over (0: none). From the time
+    `expires_at` on, where it is given, the session is not found any more.
     """
 
     session_id: str
@@ -133,6 +134,7 @@ class SessionRecord(Record):
     container_id: str
     parent_session_id: str | None = None
     parent_seq: int | None = None
+    expires_at: int | None = None
 
 
 class PrototypeRecord(Record):

@@ -58,6 +58,8 @@ class RepairReport(msgspec.Struct, kw_only=True):
     """Parts of states that no checkpoint needs."""
     uploads_ended: int = 0
     """Puts of large states that were interrupted."""
+    sessions_expired: int = 0
+    """Sessions whose time had come."""
     threads_expired: int = 0
     """Threads of checkpoints whose time had come."""
     orphan_count: int = 0
@@ -146,6 +148,10 @@ class Repair:
         loaded = await collection.load_partition(partition)
         if loaded.body is not None and loaded.body.deleted is not None:
             await self._tombstone(partition, collection, loaded.body, loaded.version)
+        elif loaded.record is not None and collection.expired(loaded.record):
+            self.report.sessions_expired += 1
+            if not self.dry_run:
+                await self._sessions.expire(partition)
         elif loaded.record is not None:
             await self._listed(collection, loaded.record)
             await self._parents(partition, loaded.record)

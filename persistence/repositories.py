@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection as AbstractCollection
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import msgspec
 from persistence.calls import Repository, public
 from persistence.coalescer import backoff
 from persistence.collection import Collection, HintBody, Kind, Listing, Loaded, Place
+from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
@@ -44,6 +46,7 @@ __all__ = [
 _PAGE = 500
 _CONTENTION_SECONDS = 10.0
 _MAX_NUMBER = 10**12 - 1
+_INT64 = 1 << 63
 
 CONTAINERS = Kind("container", ContainerRecord, "container_id", lambda record: (Place("index/containers"),))
 IMAGES = Kind(
@@ -65,6 +68,7 @@ SESSIONS = Kind(
         _in_container(record.container_id, "session/"),
         _sessions_of_image(record.image_id),
     ),
+    lambda record: record.expires_at,
 )
 PROTOTYPES = Kind(
     "prototype",
@@ -126,6 +130,7 @@ class Sessions(Repository):
         super().__init__(store)
         self.records = Collection(store, SESSIONS)
         self.log = Log(store, "message/")
+        self._deadlines = Deadlines(store)
 
     # ---- records
 
@@ -142,6 +147,10 @@ class Sessions(Repository):
         After a delete this starts the session anew, without messages. Whether
         image and container exist is not checked. Raises `ConflictError` if
         `expected_version` (0: there must be none) is not the present one.
+
+        With `expires_at` (milliseconds) the session goes at that time: from
+        then on it is not found or listed, and to save it starts it anew. Its
+        messages go with the next `delete_expired` or `repair`.
         """
         return await self._save(record, expected_version)
 
@@ -223,6 +232,34 @@ class Sessions(Repository):
         refused with `NotFoundError`, until the session is saved again.
         """
         return await self._delete(session_id)
+
+    @public
+    async def set_expiry(
+        self, session_id: str, expires_at: int | None, *, timeout: float | None = None
+    ) -> SessionRecord:
+        """Say when a session is to go (milliseconds), or with None that it stays; return its record.
+
+        Raises `NotFoundError` if there is no such session.
+        """
+
+        def change(record: SessionRecord) -> None:
+            record.expires_at = expires_at
+
+        if expires_at is not None:
+            await self._deadlines.put(SESSIONS.partition(session_id), _milliseconds(expires_at))
+        return await self.records.update(session_id, change, missing=f"no session {session_id!r:.80}")
+
+    @public
+    async def delete_expired(self, *, timeout: float | None = None) -> Deleted:
+        """Delete the sessions whose time has come, with their messages; return what that removed."""
+        removed = Deleted()
+
+        async def expire(partition: str) -> None:
+            nonlocal removed
+            removed += await self.expire(partition)
+
+        await self._deadlines.sweep(SESSIONS.name, expire)
+        return removed
 
     @public
     async def fork_session(
@@ -396,13 +433,29 @@ class Sessions(Repository):
         if isinstance(record, Mapping):
             record = SessionRecord.from_mapping(record)
         partition = SESSIONS.partition(getattr(record, "session_id", ""))
-        return await self.records.save(record, expected_version=expected_version, revive=revive)
+        expires_at = getattr(record, "expires_at", None)
+        if expires_at is not None:
+            await self._deadlines.put(partition, _milliseconds(expires_at))
+        return await self.records.save(
+            record,
+            expected_version=expected_version,
+            revive=revive,
+            expire=partial(self._delete, only_expired=True),
+        )
 
-    async def _delete(self, session_id: str) -> Deleted:
+    async def expire(self, partition: str) -> Deleted:
+        """Delete the session of `partition` if its time has come; return what that removed."""
+        record = (await self.records.load_partition(partition)).record
+        return Deleted() if record is None else await self._delete(record.session_id, only_expired=True)
+
+    async def _delete(self, session_id: str, *, only_expired: bool = False) -> Deleted:
         partition = SESSIONS.partition(session_id)
         removed = 0
 
         async def bury(current: Loaded[SessionRecord], put: Put) -> int | None:
+            if only_expired and (current.record is None or not self.records.expired(current.record)):
+                return None
+
             async def make(tail: Tail) -> tuple[Op, ...] | None:
                 nonlocal removed
                 if current.record is None and (tail.deleted or not tail.number):
@@ -958,6 +1011,13 @@ def _number(value: int | None) -> int | None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_NUMBER:
         message = f"{value!r} is no number of a message: use a whole number from 0 on"
+        raise InvalidValueError(message)
+    return value
+
+
+def _milliseconds(value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not -_INT64 <= value < _INT64:
+        message = f"expires_at={value!r:.80}: use Unix milliseconds"
         raise InvalidValueError(message)
     return value
 

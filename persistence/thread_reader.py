@@ -25,6 +25,7 @@ from msgspec import Raw
 from persistence import codec
 from persistence.coalescer import backoff
 from persistence.collection import HintBody, Place
+from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, MAX_GET_KEYS, Entry, Key
 from persistence.errors import CorruptRecordError
 from persistence.keys import after, encode_id, newest_first, number_key, prefix_end
@@ -171,6 +172,7 @@ class ThreadReader:
         places: Callable[[CheckpointBody, str], Sequence[Place]] | None = None,
     ) -> None:
         self.store = store
+        self.deadlines = Deadlines(store)
         self.kind = kind
         self.listing = Place(listing)
         self.places = places

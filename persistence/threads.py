@@ -21,13 +21,14 @@ import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec import Raw
 from msgspec.structs import replace
 
 from persistence.coalescer import backoff
 from persistence.collection import HintBody
+from persistence.deadlines import hour
 from persistence.driver import ABSENT, Check, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
@@ -44,7 +45,6 @@ from persistence.store import Body, pack
 from persistence.thread_reader import (
     CHECKPOINT,
     HEAD,
-    PAGE,
     PENDING,
     CheckpointBody,
     Found,
@@ -59,8 +59,6 @@ from persistence.thread_reader import (
 )
 
 __all__ = ["New", "Threads"]
-
-DEADLINES: Final = "index/deadlines"
 
 _CONTENTION_SECONDS = 10.0
 _COPY_TRIES = 6
@@ -156,8 +154,8 @@ class Threads(ThreadReader):
         if begins:
             hinted.add(head.at)
             await self.put_thread_hint(thread_id, head)
-        if expires_at is not None and (begins or head.e is None or _hour(expires_at) != _hour(head.e)):
-            await self._put_deadline(partition, expires_at)
+        if expires_at is not None and (begins or head.e is None or hour(expires_at) != hour(head.e)):
+            await self.deadlines.put(partition, expires_at)
 
     async def _upload(self, partition: str, warm: Warm, plan: _Plan, cut: Cut, upload: _Uploading) -> bool:
         """Write the new pieces ahead of their checkpoint, in numbers reserved for them. False: refused."""
@@ -540,7 +538,7 @@ class Threads(ThreadReader):
         """Set or take away the time at which a thread expires. False: there is no such thread."""
         partition = self.partition(thread_id)
         if expires_at is not None:
-            await self._put_deadline(partition, expires_at)
+            await self.deadlines.put(partition, expires_at)
 
         def change(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
             if not self.alive(head, self.store.clock()):
@@ -720,40 +718,15 @@ class Threads(ThreadReader):
         put = Put(self.thread_hint(head), hint)
         await self.store.coalescer.write(self.listing.partition, [put], hint=True)
 
-    async def _put_deadline(self, partition: str, expires_at: int | None) -> None:
-        if expires_at is None:
-            return
-        # Two hints: the hour, and in a partition of that hour the thread.
-        hour = _hour(expires_at)
-        by_hour = Put(f"{hour:012d}", pack(HintBody(at=self.store.clock(), id="")))
-        entry = Put(f"{expires_at:015d}/{partition}", pack(HintBody(at=self.store.clock(), id=partition)))
-        await asyncio.gather(
-            self.store.coalescer.write(DEADLINES, [by_hour], hint=True),
-            self.store.coalescer.write(f"{DEADLINES}/{hour}", [entry], hint=True),
-        )
-
     async def delete_all_expired(self) -> int:
         """Delete the threads whose time has come; return how many checkpoints that removed."""
         removed = 0
-        now = self.store.clock()
-        hours = await self.store.coalescer.scan(DEADLINES, "", f"{_hour(now) + 1:012d}", limit=PAGE)
-        for hour in hours.entries:
-            name = f"{DEADLINES}/{int(hour.key)}"
-            start, more = "", True
-            while more:
-                page = await self.store.coalescer.scan(name, start, f"{now + 1:015d}", limit=PAGE)
-                for entry in page.entries:
-                    due = self.store.unpack(self.hint_decoder, name, entry).id
-                    if due.startswith(f"{self.kind}/"):
-                        removed += await self.delete_expired(due)
-                        await self.store.coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
-                more = page.more
-                if more:
-                    start = after(page.entries[-1].key)
-            rest = await self.store.coalescer.scan(name, "", None, limit=1)
-            if not rest.entries and int(hour.key) < _hour(now):
-                # Refused: a deadline of this hour has come in meanwhile.
-                await self.store.coalescer.write(DEADLINES, [Delete(hour.key, hour.version)], hint=True)
+
+        async def expire(partition: str) -> None:
+            nonlocal removed
+            removed += await self.delete_expired(partition)
+
+        await self.deadlines.sweep(self.kind, expire)
         return removed
 
 
@@ -864,7 +837,3 @@ def _id_after(id: str) -> str:
     stamp = ((number >> 80) << 12 | number >> 64 & 0xFFF) + 1
     number = (stamp >> 12) << 80 | 7 << 76 | (stamp & 0xFFF) << 64 | 2 << 62 | secrets.randbits(62)
     return str(uuid.UUID(int=number))
-
-
-def _hour(at: int) -> int:
-    return at // 3_600_000

@@ -119,6 +119,18 @@ async def test_two_who_empty_the_same_entries_leave_none(timed: Persistence, mak
         assert await log.empty("session/s", hidden) == 0
 
 
+async def test_expired_sessions_go(timed: Persistence, clock: Clock) -> None:
+    record = SessionRecord(session_id="s", image_id="i", container_id="c", expires_at=clock.now + 1)
+    await timed.containers.save_container(ContainerRecord(container_id="c"))
+    await timed.images.save_image(image())
+    await timed.sessions.save_session(record)
+    await timed.sessions.add_message("s", {"n": 1})
+    assert await repaired(timed) == {}
+    clock.now += 1
+    assert await repaired(timed) == {"sessions_expired": 1}
+    assert await keys(timed, "session/s") == ["message/000000000001", "message/000000000002", "record"]
+
+
 async def test_unreferenced_chunks_go_after_an_hour(timed: Persistence, clock: Clock) -> None:
     long = {"text": "x" * 2_500_000}
     await timed.containers.save_container(ContainerRecord(container_id="c"))

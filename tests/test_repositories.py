@@ -619,3 +619,68 @@ async def test_concurrent_appends_lose_nothing(p: Persistence) -> None:
         assert sorted(m["n"] for m in await p.sessions.get_messages(f"s{s}")) == list(range(s, 256, 16))
     stored = await p.sessions.read_messages("one")
     assert [m.message["n"] for m in stored] == [numbers.index(m.seq) for m in stored]
+
+
+# ---- expiry
+
+
+async def test_an_expired_session_is_not_there(make_driver: MakeDriver) -> None:
+    now = 1_800_000_000_000
+    async with create_persistence(make_driver(), clock=lambda: now) as p:
+        soon = session("soon", created_at=1, expires_at=now + 1000)
+        await p.sessions.save_session(soon)
+        await p.sessions.save_session(session("stays", created_at=2, expires_at=now + 1000))
+        await p.sessions.set_expiry("stays", None)
+        await p.sessions.save_session(session("later", created_at=3))
+        assert (await p.sessions.set_expiry("later", now + 2000)).expires_at == now + 2000
+        await p.sessions.add_messages("soon", [{"n": 1}, {"n": 2}])
+        assert await p.sessions.find_session_by_id("soon") == soon
+        assert await p.sessions.delete_expired() == Deleted()
+        now += 1000
+        assert await p.sessions.find_session_by_id("soon") is None
+        assert not await p.sessions.session_exists("soon")
+        assert [found.session_id for found in await p.sessions.find_all_sessions()] == ["later", "stays"]
+        assert await p.sessions.count_sessions(image_id="img_1") == 2
+        with pytest.raises(NotFoundError):
+            await p.sessions.set_expiry("soon", None)
+        assert await p.sessions.delete_expired() == Deleted(sessions=1, messages=2)
+        assert await p.sessions.delete_expired() == Deleted()
+        with pytest.raises(NotFoundError):
+            await p.sessions.add_message("soon", {"n": 3})
+        now += 5_000_000  # another hour
+        assert await p.sessions.delete_expired() == Deleted(sessions=1)
+        assert [found.session_id for found in await p.sessions.find_all_sessions()] == ["stays"]
+        page = await p._driver.scan("index/deadlines", "", None, limit=10)
+        assert page.entries == []
+
+
+async def test_an_expired_session_that_is_saved_starts_anew(make_driver: MakeDriver) -> None:
+    now = 1_800_000_000_000
+    async with create_persistence(make_driver(), clock=lambda: now) as p:
+        await p.sessions.save_session(session("s", expires_at=now + 1000))
+        await p.sessions.add_message("s", {"n": 1})
+        now += 1000
+        await p.sessions.save_session(session("s"), expected_version=0)
+        assert await p.sessions.get_messages("s") == []
+        assert [found.session_id for found in await p.sessions.find_all_sessions()] == ["s"]
+        assert await p.sessions.add_message("s", {"n": 2}) > 1
+        assert await p.sessions.delete_expired() == Deleted()  # the deadline was that of the first life
+        assert await p.sessions.get_messages("s") == [{"n": 2}]
+
+
+@pytest.mark.parametrize("expires_at", ["soon", 1.5, True, 1 << 63])
+async def test_a_bad_expiry_is_refused(p: Persistence, expires_at: Any) -> None:
+    with pytest.raises(InvalidValueError, match="expires_at"):
+        await p.sessions.save_session(session("s", expires_at=expires_at))
+    assert await p.sessions.find_session_by_id("s") is None
+
+
+async def test_fields_that_are_named_like_those_of_the_library_stay(p: Persistence) -> None:
+    some: list[dict[str, Any]] = [{"extra": {}}, {"extra": {"a": 1}}, {"version": 0}, {"version": 7}]
+    for odd in [*some, {"version": "x", "f": 2}]:
+        fields = {"session_id": "s", "image_id": "i", "container_id": "c", **odd}
+        version = await p.sessions.save_session(fields)
+        found = await p.sessions.find_session_by_id("s")
+        assert found is not None
+        assert (found.extra, found.version) == (odd, version)
+        assert {**found.to_mapping(), **odd} == found.to_mapping()

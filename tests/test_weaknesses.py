@@ -292,6 +292,20 @@ async def test_15_a_key_is_in_no_repr_and_no_error() -> None:
     assert "sk-secret" not in repr(with_servers)
 
 
+async def test_15_lists_have_limits_counts_and_times_to_live() -> None:
+    now = 1_800_000_000_000
+    async with create_persistence(MemoryDriver(), clock=lambda: now) as p:
+        for n in range(5):
+            record = {"session_id": f"s{n}", "image_id": "i", "container_id": "c", "expires_at": now + n + 1}
+            await p.sessions.save_session(record)
+        assert len(await p.sessions.find_all_sessions(limit=2)) == 2
+        assert await p.sessions.count_sessions() == 5
+        now += 3
+        assert await p.sessions.count_sessions() == 2
+        assert (await p.sessions.delete_expired()).sessions == 3
+        assert await p.sessions.add_messages("s4", [{"n": n} for n in range(900)]) == list(range(1, 901))
+
+
 async def test_15_a_closed_object_says_so(p: Persistence) -> None:
     await p.close()
     await p.close()

@@ -1,0 +1,67 @@
+"""What expires when: ``index/deadlines`` lists hours, ``index/deadlines/<hour>`` what goes in each.
+
+Like those of all listings the entries are hints: put before the thing that
+expires says so itself, and removed once they are due, whatever became of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from persistence.collection import HintBody
+from persistence.driver import Delete, Put
+from persistence.keys import after
+from persistence.store import Store, pack
+
+__all__ = ["Deadlines", "hour"]
+
+_DEADLINES = "index/deadlines"
+_PAGE = 500
+
+
+class Deadlines:
+    """The deadlines of all things in a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._hints = msgspec.json.Decoder(HintBody)
+
+    async def put(self, partition: str, at: int) -> None:
+        """Note that what is in `partition` expires at the time `at` (milliseconds)."""
+        now = self._store.clock()
+        by_hour = Put(f"{hour(at):012d}", pack(HintBody(at=now, id="")))
+        entry = Put(f"{at:015d}/{partition}", pack(HintBody(at=now, id=partition)))
+        await asyncio.gather(
+            self._store.coalescer.write(_DEADLINES, [by_hour], hint=True),
+            self._store.coalescer.write(f"{_DEADLINES}/{hour(at)}", [entry], hint=True),
+        )
+
+    async def sweep(self, kind: str, expire: Callable[[str], Awaitable[object]]) -> None:
+        """Call `expire` for each partition of a kind whose time may have come: it looks for itself."""
+        coalescer, now = self._store.coalescer, self._store.clock()
+        hours = await coalescer.scan(_DEADLINES, "", f"{hour(now) + 1:012d}", limit=_PAGE)
+        for found in hours.entries:
+            name = f"{_DEADLINES}/{int(found.key)}"
+            start, more = "", True
+            while more:
+                page = await coalescer.scan(name, start, f"{now + 1:015d}", limit=_PAGE)
+                for entry in page.entries:
+                    due = self._store.unpack(self._hints, name, entry).id
+                    if due.startswith(f"{kind}/"):
+                        await expire(due)
+                        await coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
+                more = page.more
+                if more:
+                    start = after(page.entries[-1].key)
+            rest = await coalescer.scan(name, "", None, limit=1)
+            if not rest.entries and int(found.key) < hour(now):
+                # Refused: a deadline of this hour has come in meanwhile.
+                await coalescer.write(_DEADLINES, [Delete(found.key, found.version)], hint=True)
+
+
+def hour(at: int) -> int:
+    """Return the number of the hour that a time is in."""
+    return at // 3_600_000
