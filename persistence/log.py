@@ -101,7 +101,7 @@ class LogBody(Body):
     r: list[Span] | msgspec.UnsetType = UNSET
 
 
-class _Plain(msgspec.Struct):
+class _Plain(msgspec.Struct, gc=False):
     """An entry whose value can be read along with it. Anything else a decoder of this refuses."""
 
     f: Literal[1]  # FORMAT
@@ -111,14 +111,14 @@ class _Plain(msgspec.Struct):
     t: None = None
 
 
-class Item(msgspec.Struct):
+class Item(msgspec.Struct, gc=False):
     """An entry to append: its object with the value filled in, and its size in bytes."""
 
     body: LogBody
     size: int
 
 
-class StoredItem(msgspec.Struct, frozen=True):
+class StoredItem(msgspec.Struct, frozen=True, gc=False):
     """An entry that was read."""
 
     number: int
@@ -126,7 +126,7 @@ class StoredItem(msgspec.Struct, frozen=True):
     value: Any
 
 
-class Tail(msgspec.Struct, frozen=True):
+class Tail(msgspec.Struct, frozen=True, gc=False):
     """What the greatest entry tells: all that an append needs."""
 
     number: int  # the greatest number, markers included; 0: nothing was ever appended

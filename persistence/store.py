@@ -51,7 +51,7 @@ class Chunks(msgspec.Struct, array_like=True, frozen=True):
     sha256: str
 
 
-class Body(msgspec.Struct, kw_only=True, omit_defaults=True):
+class Body(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):  # no cycle can lead through one
     """What all stored objects have in common."""
 
     f: int = msgspec.field(default_factory=lambda: FORMAT)  # a factory: always written
