@@ -160,18 +160,21 @@ class _Flight(msgspec.Struct, eq=False):
     firsts: list[int]  # the number that each begins with
     tail: Tail  # the end after it
     landed: _Landed
+    over: bool = False
 
     def done(self) -> bool:
-        return False  # numbers have been given: it is too late to drop it
+        return self.over  # not while callers give up: numbers have been given
 
     def set_result(self, version: int, /) -> None:
+        self.over = True
         self.landed(self, version, None)
 
     def set_exception(self, error: BaseException, /) -> None:
+        self.over = True
         self.landed(self, ABSENT, error)
 
     def cancel(self) -> None:
-        self.landed(self, ABSENT, asyncio.CancelledError())
+        self.set_exception(asyncio.CancelledError())
 
 
 _Landed = Callable[[_Flight, int, BaseException | None], None]
