@@ -8,6 +8,7 @@ no other form, and the true id stands in the record.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from urllib.parse import quote
@@ -34,6 +35,13 @@ def encode_id(id: str, what: str = "id") -> str:
         raise InvalidKeyError(message)
     if _PLAIN.fullmatch(id):
         return str.__str__(id)  # a member of a `str, Enum` would show itself as "Color.RED"
+    if len(id) <= _MAX_ENCODED:
+        return _quoted(id, what)
+    return _quoted.__wrapped__(id, what)
+
+
+@functools.lru_cache(4096)  # names with spaces, say, come again and again
+def _quoted(id: str, what: str) -> str:
     try:
         raw = id.encode()
     except UnicodeEncodeError as error:
