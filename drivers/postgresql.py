@@ -57,16 +57,18 @@ SELECT n, v, ver
 FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY AS wanted(p, k, n) JOIN {table} USING (p, k)
 """
 
-# A value's length is known without reading it, so what lies past the page's end is neither read nor sent.
+# One entry more than the page may have tells whether there are more, and so does one that comes without its
+# value. That a value is too long for the page is known without reading it.
 _SCAN = """
-SELECT k, v, ver, more FROM (
-  SELECT k, v, ver, sum(octet_length(v)) OVER sofar AS total, lead(true) OVER sofar AS more
+SELECT k, CASE WHEN sofar <= {page_bytes} THEN v END, ver FROM (
+  SELECT k, v, ver, sum(octet_length(v)) OVER (ORDER BY k {order} ROWS UNBOUNDED PRECEDING) AS sofar
   FROM (
-    SELECT k, v, ver FROM {table} WHERE p = $1 AND k >= $2 AND k < $3 ORDER BY k {order} LIMIT $4 + 1
+    SELECT k, v, ver FROM {table} WHERE p = $1 AND k >= $2 AND k < $3 ORDER BY k {order} LIMIT $4
   ) AS range
-  WINDOW sofar AS (ORDER BY k {order} ROWS UNBOUNDED PRECEDING) LIMIT $4
-) AS page WHERE total <= {page_bytes} ORDER BY k {order}
+) AS page WHERE sofar - octet_length(v) <= {page_bytes} ORDER BY k {order}
 """
+
+_CREATE_ONE = "INSERT INTO {table} (p, k, v, ver) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING"
 
 _CREATE = """
 INSERT INTO {table} (p, k, v, ver)
@@ -170,6 +172,7 @@ WHERE pg_backend_pid() = {pid} AND (name <> 'synchronous_commit' OR 'off' IN (va
 """
 _CREATING = 0x70657273  # any number, the same in all processes
 
+_ONE = "INSERT 0 1"
 _PRESENT = -1
 _LAST_KEY = "\x7f"
 _PURGE_STEP = 250
@@ -335,6 +338,7 @@ class PostgreSQLDriver:
         self._get = _GET.format(**names)
         self._scan = _SCAN.format(**names, order="", page_bytes=PAGE_BYTES)
         self._scan_back = _SCAN.format(**names, order="DESC", page_bytes=PAGE_BYTES)
+        self._insert_one = _CREATE_ONE.format(**names)
         self._insert = _CREATE.format(**names)
         self._commit = _COMMIT.format(**names)
         self._hold = _HOLD.format(**names)
@@ -389,15 +393,20 @@ class PostgreSQLDriver:
     ) -> Page:
         bounds = start.encode(), (_LAST_KEY if end is None else end).encode()
         statement = self._scan_back if reverse else self._scan
-        rows = await self._fetch(statement, self._name(partition), *bounds, limit)
-        entries = [Entry(key.decode(), value, version) for key, value, version, _ in rows]
-        return Page(entries, bool(rows and rows[-1]["more"]))
+        rows = await self._fetch(statement, self._name(partition), *bounds, limit + 1)
+        more = bool(rows) and (len(rows) > limit or rows[-1][1] is None)
+        if more:
+            rows.pop()
+        return Page([Entry(key.decode(), value, version) for key, value, version in rows], more)
 
     async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
         if not writes:
             return []
         names = [self._name(write.partition) for write in writes]
         creates = [(op.key.encode(), op.value) for write in writes if (op := _lone_create(write)) is not None]
+        if len(creates) == len(writes) == 1:
+            row = (names[0], *creates[0], writes[0].version)
+            return [await self._run(lambda connection: connection.execute(self._insert_one, *row)) == _ONE]
         if len(creates) == len(writes):
             versions = [write.version for write in writes]
             columns = [[*column] for column in zip(*creates, strict=True)]
