@@ -14,8 +14,8 @@ names `p`. What would surprise:
 * A Write of one op needs no transaction. The others share one; where that fails because of one of them, it is
   sought out, and in the end each has a transaction of its own.
 * A `Check` writes field `c`: under snapshot isolation, what is only read may change before the commit.
-* pymongo sends a write again after a lost connection. That is safe, and left on: the server knows the write
-  by its transaction number and does not apply it twice.
+* Where pymongo sends a write again after a lost connection, that is safe, and left on: the server knows the
+  write by its transaction number and does not apply it twice. Lone creates it does not send again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Op, Page, Put, Write
 from persistence.errors import ConfigurationError, CorruptRecordError, UnavailableError
@@ -74,7 +75,8 @@ _WIRE_VERSION = 13  # MongoDB 5.0
 _SNAPSHOT = ReadConcern("snapshot")
 _TRIES = 12
 _AT_ONCE = 8  # transactions of one `commit` that run singly
-_BATCH = 1_000
+_FULL_ANSWER = 8 << 20  # half of what one answer can hold; no value has more than the sixteenth part
+_WINDOW = 8_000  # names that one answer can hold, however long they are
 _PURGE_STEP = 5_000
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "namespace": str,
@@ -96,10 +98,11 @@ class MongoDBDriver:
     `host`, `port`, `user` and `password` say the same. `client`, an ``AsyncMongoClient``, is used instead
     where given, and not closed.
 
-    The entries are in `collection` of `database`; `open` makes it unless `create` is False, which asks that
-    it exists: `ddl` tells how, sharding included. `timeout` is how many seconds a call may take,
-    `connect_timeout` how many a server may be sought, `pool_size` how many connections there may be. Further
-    options go to pymongo as they are; options of the URL win over all of these.
+    The entries are in `collection` of `database`, by default the one that the URL names, or else "agentx".
+    `open` makes it unless `create` is False, which asks that it exists: `ddl` tells how, sharding included.
+    `timeout` is how many seconds a call may take, `connect_timeout` how many a server may be sought,
+    `pool_size` how many connections there may be. Further options go to pymongo as they are; options of the
+    URL win over all of these.
 
     `durability`: every write waits for the majority of the nodes with both, for reads see nothing else.
     "power" also asks that they have it in their journal. "process" leaves that to the replica set's
@@ -117,7 +120,7 @@ class MongoDBDriver:
         port: int = 27017,
         user: str | None = None,
         password: str | None = None,
-        database: str = "agentx",
+        database: str | None = None,
         collection: str = "storage",
         namespace: str = "default",
         durability: Durability = "power",
@@ -131,9 +134,10 @@ class MongoDBDriver:
         journal = {"j": True} if check_durability(durability) == "power" else {}
         self._durable = WriteConcern("majority", **journal)
         self._url = url or f"mongodb://{f'[{host}]' if ':' in host else host}:{port}"
-        self._database = database
+        self._database = database or _database_of(self._url) or "agentx"
         self._name = collection
         self._create = create
+        self._sharded = False
         self._timeout = timeout
         self._given = client
         self._client = client
@@ -184,13 +188,17 @@ class MongoDBDriver:
 
     async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
         ids = [self._id(key.partition, key.key) for key in keys]
-        partitions = list({self._partition(key.partition) for key in keys})
+        wanted: _Document = {"_id": {"$in": ids}}
+        if self._sharded:  # or all shards would be asked
+            wanted["p"] = {"$in": list({self._partition(key.partition) for key in keys})}
         with self._translated():
-            # More than there can be: the server then knows in its first answer that there is no second one.
-            found = self._entries.find(
-                {"_id": {"$in": ids}, "p": {"$in": partitions}}, batch_size=len(ids) + 1
-            )
-            documents = {document["_id"]: document for document in await found.to_list()}
+            found = await self._find(wanted, len(ids))
+            if (
+                len(found) < len(ids)
+                and sum(len(document.get("v", b"")) for document in found) > _FULL_ANSWER
+            ):
+                found = await self._entries.find(wanted).to_list()  # more than one answer can hold
+        documents = {document["_id"]: document for document in found}
         return [
             _entry(key, documents[id]) if id in documents else None for key, id in zip(keys, ids, strict=True)
         ]
@@ -200,23 +208,20 @@ class MongoDBDriver:
     ) -> Page:
         entries: list[Entry] = []
         size = 0
-        order = pymongo.DESCENDING if reverse else pymongo.ASCENDING
         with self._translated():
-            # A page of large values gets up to 16 MB, the most of one answer, of which it keeps PAGE_BYTES.
-            async with self._entries.find(
+            # Of large values up to 16 MB come, the most of one answer, of which a page keeps PAGE_BYTES.
+            documents = await self._find(
                 self._range(partition, start, end),
-                sort=[("_id", order)],
-                hint=[("_id", 1)],
-                limit=limit + 1,
-                batch_size=min(limit + 1, _BATCH),
-            ) as documents:
-                async for document in documents:
-                    key = document["_id"].partition("\0")[2]
-                    entry = _entry(Key(partition, key), document)
-                    size += len(key) + len(entry.value)
-                    if entries and (len(entries) == limit or size > PAGE_BYTES):
-                        return Page(entries, True)
-                    entries.append(entry)
+                limit + 1,
+                sort={"_id": pymongo.DESCENDING if reverse else pymongo.ASCENDING},
+            )
+        for document in documents:
+            key = document["_id"].partition("\0")[2]
+            entry = _entry(Key(partition, key), document)
+            size += len(key) + len(entry.value)
+            if entries and (len(entries) == limit or size > PAGE_BYTES):
+                return Page(entries, True)
+            entries.append(entry)
         return Page(entries, False)
 
     async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
@@ -235,10 +240,9 @@ class MongoDBDriver:
         within = self._range(partition, start, end)
         while True:
             with self._translated():
-                beyond = self._entries.find(
-                    within, {"_id": 1}, sort=[("_id", 1)], hint=[("_id", 1)], skip=_PURGE_STEP, limit=1
+                following = await self._find(
+                    within, 1, sort={"_id": 1}, projection={"_id": 1}, skip=_PURGE_STEP
                 )
-                following = await beyond.to_list()
                 step = {**within["_id"], **({"$lt": following[0]["_id"]} if following else {})}
                 await self._entries.delete_many({"_id": step, "p": within["p"]})
             if not following:
@@ -250,15 +254,9 @@ class MongoDBDriver:
         start = f"{self._namespace}/" if cursor is None else f"{self._partition(cursor)}\x01"
         with self._translated():
             # Most partitions hold a few entries; one that holds more is passed by at the end of a page.
-            window = 4 * limit
-            documents = await self._entries.find(
-                {"_id": {"$gte": start, "$lt": f"{self._namespace}0"}},
-                {"_id": 1},
-                sort=[("_id", 1)],
-                hint=[("_id", 1)],
-                limit=window,
-                batch_size=window + 1,
-            ).to_list()
+            window = min(4 * limit, _WINDOW)
+            within = {"_id": {"$gte": start, "$lt": f"{self._namespace}0"}}
+            documents = await self._find(within, window, sort={"_id": 1}, projection={"_id": 1})
         skip = len(self._namespace) + 1
         names = list(dict.fromkeys(document["_id"].partition("\0")[0][skip:] for document in documents))
         done = len(documents) < window and len(names) <= limit
@@ -274,10 +272,11 @@ class MongoDBDriver:
 
     async def _check_server(self, client: AsyncMongoClient[Any]) -> None:
         hello = await client.admin.command("hello")
+        self._sharded = hello.get("msg") == "isdbgrid"
         if hello["maxWireVersion"] < _WIRE_VERSION:
             message = "mongodb: the server is too old; 5.0 is the oldest that works"
             raise ConfigurationError(message)
-        if "setName" not in hello and hello.get("msg") != "isdbgrid":
+        if "setName" not in hello and not self._sharded:
             message = (
                 "mongodb: the server stands alone and has no transactions: start it with --replSet rs0 and "
                 "run rs.initiate() once in mongosh; a replica set of one node is enough"
@@ -327,8 +326,35 @@ class MongoDBDriver:
             case _:
                 return self._transact
 
+    async def _find(self, wanted: _Document, limit: int, **options: Any) -> list[_Document]:
+        """Return up to `limit` documents in one answer. A cursor costs pymongo half as much again."""
+        reply = await self._entries.database.command(
+            {
+                "find": self._name,
+                "filter": wanted,
+                "hint": {"_id": 1},
+                "limit": limit,
+                "batchSize": limit,
+                "singleBatch": True,
+                "readConcern": _SNAPSHOT.document,
+                **options,
+            }
+        )
+        found: list[_Document] = reply["cursor"]["firstBatch"]
+        return found
+
     async def _insert(self, writes: Sequence[Write]) -> _Outcomes:
-        return await self._bulk([InsertOne(self._document(write, write.ops[0])) for write in writes])
+        # Without the machinery of a bulk write, which costs pymongo as much again.
+        reply = await self._entries.database.command(
+            {
+                "insert": self._name,
+                "documents": [self._document(write, write.ops[0]) for write in writes],
+                "ordered": False,
+                "writeConcern": self._durable.document,
+            }
+        )
+        outcomes: _Outcomes = [None if "writeConcernError" in reply else True] * len(writes)
+        return _without_losers(outcomes, reply.get("writeErrors", ()))
 
     async def _update(self, writes: Sequence[Write]) -> _Outcomes:
         requests = [self._request(write, write.ops[0]) for write in writes]
@@ -356,9 +382,7 @@ class MongoDBDriver:
             await self._entries.bulk_write(requests, ordered=False)
         except errors.BulkWriteError as failure:
             outcomes: _Outcomes = [None if failure.details["writeConcernErrors"] else True] * len(requests)
-            for fault in failure.details["writeErrors"]:
-                outcomes[fault["index"]] = False if fault["code"] in _REFUSED else None
-            return outcomes
+            return _without_losers(outcomes, failure.details["writeErrors"])
         return [True] * len(requests)
 
     async def _transact(self, writes: Sequence[Write]) -> _Outcomes:
@@ -499,9 +523,21 @@ mongodb_driver = MongoDBDriver
 def from_url(url: str) -> MongoDBDriver:
     """Return the driver of ``mongodb://host/database?collection=…&namespace=…``; others go to pymongo."""
     split = split_url(url, _OPTIONS, others=True)
-    if split.path:
-        split.options.setdefault("database", split.path)
     return MongoDBDriver(split.url, **split.options)
+
+
+def _without_losers(outcomes: _Outcomes, faults: Iterable[_Document]) -> _Outcomes:
+    for fault in faults:
+        outcomes[fault["index"]] = False if fault["code"] in _REFUSED else None
+    return outcomes
+
+
+def _database_of(url: str) -> str:
+    try:
+        name = unquote(urlsplit(url).path[1:])
+    except ValueError:
+        return ""  # pymongo will tell
+    return "" if set(name) & set("/@:") else name  # a part of a password that was not encoded
 
 
 async def _settled(calls: Iterable[Awaitable[T]]) -> list[T | None]:

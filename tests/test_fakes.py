@@ -67,15 +67,32 @@ class FakeDatabase:
         self._database.create_collection(name)
 
     def get_collection(self, name: str, *_: Any) -> FakeCollection:
-        return FakeCollection(self._database[name])
+        return FakeCollection(self, self._database[name])
+
+    async def command(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Do what the methods of mongomock do, which knows no commands."""
+        if "find" in command:
+            found = self._database[command["find"]].find(
+                command["filter"],
+                command.get("projection"),
+                sort=list(command.get("sort", {}).items()) or None,
+                skip=command.get("skip", 0),
+                limit=command["limit"],
+            )
+            return {"cursor": {"firstBatch": list(found)}}
+        errors = []
+        for index, document in enumerate(command["documents"]):
+            try:
+                self._database[command["insert"]].insert_one(document)
+            except mongomock.DuplicateKeyError:
+                errors.append({"index": index, "code": 11000})
+        return {"writeErrors": errors}
 
 
 class FakeCollection:
-    def __init__(self, collection: Any) -> None:
+    def __init__(self, database: FakeDatabase, collection: Any) -> None:
+        self.database = database
         self._collection = collection
-
-    def find(self, *args: Any, hint: Any = None, **options: Any) -> FakeCursor:
-        return FakeCursor(self._collection.find(*args, **options).hint(hint))
 
     async def bulk_write(self, requests: Sequence[Any], *, ordered: bool) -> None:
         bulk: Any = Bulk(self._collection, ordered)  # type: ignore[no-untyped-call]

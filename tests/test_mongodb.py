@@ -7,6 +7,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 from bson.int64 import Int64
@@ -58,7 +59,7 @@ async def test_an_entry_is_a_document(server: Servers) -> None:
         await driver.purge("p", "", None)
         await driver.commit([create("p", "k", b"{}", version=1 << 61)])
         with MongoClient[Any](server("mongodb").url) as client:
-            found: dict[str, Any] | None = client.agentx.things.find_one({"p": "legible/p"})
+            found: dict[str, Any] | None = client.persistence.things.find_one({"p": "legible/p"})
         assert found == {"_id": "legible/p\0k", "p": "legible/p", "v": b"{}", "ver": Int64(1 << 61)}
         assert type(found["ver"]) is Int64
 
@@ -97,6 +98,26 @@ async def test_commands_are_as_few_as_can_be(server: Servers) -> None:
         await commands(driver.scan(names[2], "", None, limit=100, reverse=True), "find")
         await commands(driver.partitions(None, 100), "find")
         await commands(driver.purge(names[2], "", None), "find", "delete")
+
+
+async def test_more_than_one_answer_can_hold_is_read_whole(server: Servers) -> None:
+    value = bytes(1 << 20)
+    async with opened(server("mongodb").url) as driver:
+        for n in range(20):
+            assert await driver.commit([create(f"p{n}", value=value, version=n + 1)]) == [True]
+        keys = [Key(f"p{n}", "a") for n in range(21)]
+        found = await driver.get(keys)
+        assert [entry and entry.version for entry in found] == [*range(1, 21), None]
+
+
+async def test_an_url_names_the_database(server: Servers) -> None:
+    url, name = server("mongodb").url, f"new-{uuid.uuid4().hex}"
+    new = urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+    async with opened(new) as driver:
+        assert await driver.commit([create("p")]) == [True]
+    with MongoClient[Any](url) as client:
+        assert client[name].list_collection_names() == ["storage"]
+        client.drop_database(name)
 
 
 async def test_refused_members_of_a_transaction_are_sought_out_once(server: Servers) -> None:
@@ -174,19 +195,19 @@ async def test_a_collection_that_must_exist_is_asked_for_and_not_made(server: Se
     await driver.open()
     await driver.close()
     with MongoClient[Any](server("mongodb").url) as client:
-        client.agentx.drop_collection(name)
+        client.persistence.drop_collection(name)
     assert "shardCollection" in driver.ddl()
 
 
 async def test_a_collection_that_sorts_otherwise_is_refused(server: Servers) -> None:
     name = f"c{uuid.uuid4().hex}"
     with MongoClient[Any](server("mongodb").url) as client:
-        client.agentx.create_collection(name, collation={"locale": "en"})
+        client.persistence.create_collection(name, collation={"locale": "en"})
         try:
             with pytest.raises(ConfigurationError, match="collation"):
                 await MongoDBDriver(server("mongodb").url, collection=name).open()
         finally:
-            client.agentx.drop_collection(name)
+            client.persistence.drop_collection(name)
 
 
 async def test_a_wrong_password_is_an_error_of_configuration_and_stays_secret(own_server: Servers) -> None:
