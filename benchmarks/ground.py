@@ -160,7 +160,7 @@ def _server(engine: str) -> str:
         sys.path.append(tests)
     servers: Any = import_module("servers")
     try:
-        return str(servers.get(engine).url)
+        return str(servers.get(engine.removesuffix("_asyncmy")).url)
     except servers.NotAvailable as error:
         raise NotMeasuredError(error) from error
 
@@ -169,9 +169,29 @@ def _driver(engine: str, url: str) -> Driver:
     parts = urlsplit(url)
     scheme = "redis+cluster" if engine == "redis_cluster" else parts.scheme
     query = urlencode([*parse_qsl(parts.query), ("namespace", f"bench-{uuid4().hex}")])
-    module = import_module(f"persistence.drivers.{engine.removesuffix('_cluster')}")
+    name = f"persistence.drivers.{engine.removesuffix('_cluster')}"
+    module = _mysql(engine) if engine.startswith("mysql") else import_module(name)
     driver: Driver = module.from_url(urlunsplit(parts._replace(scheme=scheme, query=query)))
     return driver
+
+
+def _mysql(engine: str) -> Any:
+    """Import the driver, as it is where the one or the other client is installed."""
+    name = "persistence.drivers.mysql"
+    hidden = {} if engine == "mysql_asyncmy" else {"asyncmy": None}
+    found = sys.modules.pop("asyncmy", None)
+    sys.modules.pop(name, None)
+    sys.modules.update(hidden)  # type: ignore[arg-type]  # None: it cannot be imported
+    try:
+        module = import_module(name)
+    finally:
+        for other in hidden:
+            del sys.modules[other]
+        if found is not None:
+            sys.modules["asyncmy"] = found
+    if engine == "mysql_asyncmy" and module.client_library.__name__ != "asyncmy":
+        raise NotMeasuredError("asyncmy is not installed")
+    return module
 
 
 def _thin(engine: str, url: str, size: int | None) -> Thin:
@@ -179,10 +199,10 @@ def _thin(engine: str, url: str, size: int | None) -> Thin:
         from thin.postgresql import ThinPostgreSQL
 
         return ThinPostgreSQL(url, size)
-    if engine == "mysql":
+    if engine.startswith("mysql"):
         from thin.mysql import ThinMySQL
 
-        return ThinMySQL(url, size)
+        return ThinMySQL(url, size, _mysql(engine).client_library)
     if engine == "mongodb":
         from thin.mongodb import ThinMongoDB
 

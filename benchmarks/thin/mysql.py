@@ -1,18 +1,15 @@
 """MySQL and MariaDB: one statement an operation, on a held connection or through the client's pool.
 
 Bytes stand in the statements as hexadecimal literals, as in our driver: the
-clients need far longer to escape them. The client is the one that our driver uses.
+clients need far longer to escape them. Both clients have the same interface.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
-
-client_library: Any = import_module("persistence.drivers.mysql").client_library
 
 _CREATE = """CREATE TABLE {t} (
     s VARBINARY(255), n BIGINT, v LONGBLOB NOT NULL, ver BIGINT NOT NULL, PRIMARY KEY (s, n)) ENGINE=InnoDB"""
@@ -22,9 +19,9 @@ _ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"  # as our 
 class ThinMySQL:
     """Keep values in a table, through a pool of `size` connections, or on one where that is None."""
 
-    client = client_library.__name__
-
-    def __init__(self, url: str, size: int | None) -> None:
+    def __init__(self, url: str, size: int | None, client_library: Any) -> None:
+        self.client: str = client_library.__name__
+        self._library = client_library
         parts = urlsplit(url)
         self._options: dict[str, Any] = {
             "host": parts.hostname,
@@ -42,7 +39,7 @@ class ThinMySQL:
 
     async def open(self) -> None:
         size = self._size or 1
-        self._pool = await client_library.create_pool(minsize=size, maxsize=size, **self._options)
+        self._pool = await self._library.create_pool(minsize=size, maxsize=size, **self._options)
         if self._size is None:
             self._held = await self._pool.acquire()
         await self._run(_CREATE.format(t=self._table))
