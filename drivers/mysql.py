@@ -3,8 +3,9 @@
 Names are VARBINARY, which knows no collation, padding or case; ``p`` is ``namespace/partition``. The table
 is kept in the order of its primary key. `MySQLDriver.view_ddl` shows names and values as text.
 
-MySQL 8, MariaDB 10.3, and later. Round trips: 1 for `get`; 1 for `scan`, 2 where bytes end the page; 1 for
-a `commit` that only creates keys, or expects nothing; 2 for any other, and then it is a transaction.
+MySQL 8, MariaDB 10.3, and later. Round trips: 1 for `get`; 1 for `scan`, 2 where values are long for a page;
+1 for a `commit` of one Write that puts something, or of many that only create keys, or expect nothing; 2 for
+any other, and then it is a transaction.
 What would surprise:
 
 * Bytes stand in the statements as hexadecimal literals, which no value can break out of: both clients need
@@ -61,18 +62,14 @@ except ImportError:
 
 __all__ = ["MySQLDriver", "client_library", "from_url", "mysql_driver"]
 
+_GET_ONE = "SELECT v, ver FROM {table} WHERE p = {p} AND k = {k}"
 _GET = "SELECT p, k, v, ver FROM {table} WHERE (p, k) IN ({keys})"
 
-# Where the values are too long for one page they are left out, and `_SCAN_CUT` is asked.
+# A value that is long for a page of so many is left out, and `_SCAN_CUT` is asked.
 _SCAN = """
-SELECT k, CASE WHEN (
-  SELECT COALESCE(SUM(size), 0) FROM (
-    SELECT LENGTH(v) AS size FROM {table} WHERE {range} ORDER BY k {order} LIMIT {limit}
-  ) AS page
-) <= {page_bytes} THEN v END, ver
+SELECT k, CASE WHEN LENGTH(v) <= {long} THEN v END, ver
 FROM {table} WHERE {range} ORDER BY k {order} LIMIT {beyond}
 """
-
 # The values are fetched last, or they would all be copied to a temporary table.
 _SCAN_CUT = """
 SELECT t.k, t.v, t.ver, page.more FROM (
@@ -88,6 +85,14 @@ _LOCK = "SELECT p, k, ver FROM {table} WHERE (p, k) IN ({keys}) ORDER BY p, k FO
 _CREATE = "INSERT INTO {table} (p, k, v, ver) VALUES {rows}"
 _PUT = "REPLACE INTO {table} (p, k, v, ver) VALUES {rows}"
 _DELETE = "DELETE FROM {table} WHERE (p, k) IN ({keys})"
+
+# The versions of the rows are NULL, which is the error `_NULL`, unless all that must be there is; and so is
+# that of a row which is there and must not be.
+_EXPECT = "SELECT COUNT(*) INTO @held FROM {table} WHERE {expected} FOR UPDATE"
+_PUT_IF = """
+INSERT INTO {table} (p, k, v, ver) VALUES {rows}
+ON DUPLICATE KEY UPDATE v = VALUES(v), ver = IF(VALUES(k) IN ({absent}), NULL, VALUES(ver))
+"""
 
 _PURGE_END = "SELECT k FROM {table} WHERE {range} ORDER BY k LIMIT 1 OFFSET {step}"
 _PURGE = "DELETE FROM {table} WHERE {range}"
@@ -146,6 +151,7 @@ _LONGEST_PAUSE = 0.1  # seconds between two tries
 _GRACE = 1.0  # seconds after which the server should have given up waiting for a lock
 _MULTI_STATEMENTS = 1 << 16
 
+_NULL = 1048
 _DUPLICATE = 1062
 _RETRIED = {1205, 1213, _DUPLICATE}  # lock wait timeout, deadlock, a key that was absent a moment ago
 _BROKEN = {1053, 1152, 1158, 1159, 1160, 1161, 1317, 1927, 3169, 4031}  # and all below 1000, and 2000 to 2999
@@ -296,6 +302,11 @@ class MySQLDriver:
     async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
         if not keys:
             return []
+        if len(keys) == 1:
+            [(partition, key)] = keys
+            p, k = _hex(self._partition(partition)), _hex(key.encode())
+            rows = await self._fetch(_GET_ONE.format(table=self._table, p=p, k=k))
+            return [Entry(key, *rows[0]) if rows else None]
         names = [(self._partition(key.partition), key.key.encode()) for key in keys]
         rows = await self._fetch(_GET.format(table=self._table, keys=_keys(names)))
         found = {(p, k): Entry(k.decode(), v, ver) for p, k, v, ver in rows}
@@ -313,10 +324,16 @@ class MySQLDriver:
             "limit": limit,
             "beyond": limit + 1,
             "page_bytes": PAGE_BYTES,
+            "long": 4 * PAGE_BYTES // (limit + 1),
         }
         rows = await self._fetch(_SCAN.format(**parts))
-        if not rows or rows[0][1] is not None:
-            return Page([Entry(k.decode(), v, ver) for k, v, ver in rows[:limit]], len(rows) > limit)
+        if all(row[1] is not None for row in rows):
+            entries = [Entry(k.decode(), v, ver) for k, v, ver in rows]
+            size = sum(len(entry.value) for entry in entries)
+            more = len(entries) > limit or size > PAGE_BYTES
+            while size > PAGE_BYTES:
+                size -= len(entries.pop().value)
+            return Page(entries[:limit], more)
         rows = await self._fetch(_SCAN_CUT.format(**parts))
         return Page([Entry(k.decode(), v, ver) for k, v, ver, _ in rows], bool(rows and rows[-1][3]))
 
@@ -333,6 +350,8 @@ class MySQLDriver:
             lambda connection: self._create_all(connection, steps)
         ):
             return [True] * len(writes)
+        if len(writes) == 1 and any(isinstance(step.op, Put) for step in steps):
+            return [await self._run(lambda connection: self._apply(connection, steps))]
         return await self._run(lambda connection: self._decide(connection, plans))
 
     async def purge(self, partition: str, start: str, end: str | None) -> None:
@@ -370,12 +389,41 @@ class MySQLDriver:
             return False  # and nothing is inserted: one statement is whole
         return True
 
+    async def _apply(self, connection: Any, steps: Sequence[_Step]) -> bool:
+        """Commit one Write that puts something, in one packet, of which an error stops the rest."""
+        expected = [step for step in steps if step.op.expect]
+        absent = [_hex(step.name[1]) for step in steps if step.op.expect == ABSENT]
+        deletes = [step.name for step in steps if isinstance(step.op, Delete)]
+        packet = ["BEGIN", *self._hold(steps)]
+        version = "{version}"
+        if expected:
+            those = (
+                f"(p = {_hex(p)} AND k = {_hex(k)} AND ver = {op.expect:d})" for (p, k), op, *_ in expected
+            )
+            packet.append(_EXPECT.format(table=self._table, expected=" OR ".join(those)))
+            version = f"IF(@held = {len(expected)}, {version}, NULL)"
+        rows = _rows(steps, version)
+        packet.append(_PUT_IF.format(table=self._table, rows=rows, absent=",".join(absent) or "NULL"))
+        if deletes:
+            packet.append(_DELETE.format(table=self._table, keys=_keys(deletes)))
+        try:
+            await self._query(connection, ";".join([*packet, "COMMIT"]))
+        except MySQLError as error:
+            if _code(error) != _NULL:
+                raise
+            await self._query(connection, "ROLLBACK")
+            return False
+        return True
+
+    def _hold(self, steps: Iterable[_Step]) -> list[str]:
+        """Return what inserts the keys that must be locked though they may be absent."""
+        held = [_Step(step.name, Put(step.op.key, b""), _HELD, True) for step in steps if step.held]
+        return [_HOLD.format(table=self._table, rows=_rows(held))] if held else []
+
     async def _decide(self, connection: Any, plans: Sequence[Sequence[_Step]]) -> list[bool | None]:
         steps = [step for plan in plans for step in plan]
-        held = [_Step(step.name, Put(step.op.key, b""), _HELD, True) for step in steps if step.held]
-        first = ["BEGIN", *([_HOLD.format(table=self._table, rows=_rows(held))] if held else [])]
         lock = _LOCK.format(table=self._table, keys=_keys(step.name for step in steps))
-        *_, rows = await self._query(connection, ";".join([*first, lock]))
+        *_, rows = await self._query(connection, ";".join(["BEGIN", *self._hold(steps), lock]))
         found = {(p, k): version for p, k, version in rows}
         outcomes: list[bool | None] = [
             all(step.op.expect in (None, found.get(step.name, ABSENT)) for step in plan) for plan in plans
@@ -419,9 +467,12 @@ class MySQLDriver:
         deadline, tries = asyncio.get_running_loop().time() + self._timeout, 0
         while True:
             try:
-                async with asyncio.timeout(self._timeout):
-                    # The pool wakes nobody when a broken connection comes back to it: wait before it.
-                    await self._slots.acquire()
+                # The pool wakes nobody when a broken connection comes back to it: wait before it.
+                if self._slots.locked():
+                    async with asyncio.timeout(self._timeout):
+                        await self._slots.acquire()
+                else:
+                    await self._slots.acquire()  # at once
                 try:
                     return await self._on_connection(self._pool, work)
                 finally:
@@ -434,31 +485,29 @@ class MySQLDriver:
             await asyncio.sleep(random.uniform(0, min(0.002 * 2**tries, _LONGEST_PAUSE)))
 
     async def _on_connection(self, pool: Any, work: Callable[[Any], Awaitable[_T]]) -> _T:
-        async with asyncio.timeout(self._timeout):
+        async with asyncio.timeout(self._timeout + _GRACE):
             try:
                 connection = await pool.acquire()
             except TypeError as error:
                 message = f"mysql: {error}"
                 raise ConfigurationError(message) from error
-        in_order = False
-        try:
-            async with asyncio.timeout(self._timeout + _GRACE):
-                try:
-                    if connection not in self._configured:
-                        await self._query(connection, self._session)
-                        self._configured.add(connection)
-                    result = await work(connection)
-                except MySQLError as error:
-                    if not _broken(_code(error)):
-                        await self._query(connection, "ROLLBACK")
-                        in_order = True
-                    raise
-            in_order = True
-            return result
-        finally:
-            if not in_order:
-                connection.close()
-            await pool.release(connection)
+            in_order = False
+            try:
+                if connection not in self._configured:
+                    await self._query(connection, self._session)
+                    self._configured.add(connection)
+                result = await work(connection)
+                in_order = True
+            except MySQLError as error:
+                if not _broken(_code(error)):
+                    await self._query(connection, "ROLLBACK")
+                    in_order = True
+                raise
+            finally:
+                if not in_order:
+                    connection.close()
+                await pool.release(connection)
+        return result
 
     async def _prepare(self) -> None:
         """Look at the server, warn of what it does not promise, and create the table if it is missing."""
@@ -537,10 +586,10 @@ def _keys(names: Iterable[_Name]) -> str:
     return ",".join(f"({_hex(p)},{_hex(k)})" for p, k in sorted(names))
 
 
-def _rows(steps: Iterable[_Step]) -> str:
+def _rows(steps: Iterable[_Step], version: str = "{version}") -> str:
     """Return the rows that Puts store, for ``VALUES``, in the order of their names."""
     return ",".join(
-        f"({_hex(step.name[0])},{_hex(step.name[1])},{_hex(step.op.value)},{step.version:d})"
+        f"({_hex(step.name[0])},{_hex(step.name[1])},{_hex(step.op.value)},{version.format(version=step.version)})"
         for step in sorted(steps, key=lambda step: step.name)
         if isinstance(step.op, Put)
     )

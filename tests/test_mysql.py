@@ -166,7 +166,10 @@ async def test_the_round_trips_of_each_call(on: ModuleType, server: Servers) -> 
         assert await trips(driver.commit(puts(3, 1))) == 2  # refused
         assert await trips(driver.commit(puts(4, None))) == 1
         assert await trips(driver.commit([Write(p, (Check("x", 4), Delete("k", 1)), 5) for p in many])) == 2
-        assert await trips(driver.commit([Write("p2", (Delete("none"), Put("x", b"v")), 6)])) == 2
+        assert await trips(driver.commit([Write("p2", (Delete("none"), Put("x", b"v")), 6)])) == 1
+        some = (Put("x", b"w", 6), Put("new", b"w", ABSENT), Put("a", b"w"), Delete("z", 4), Check("y", 4))
+        assert await trips(driver.commit([Write("p2", some, 7)])) == 1
+        assert await trips(driver.commit([Write("p2", some[:2], 8)])) == 2  # refused
         assert await trips(driver.get([Key(p, k) for p in many for k in "xyz"])) == 1
         assert await trips(driver.scan("p1", "", None, limit=2)) == 1
         assert await trips(driver.scan("p1", "", None, limit=2, reverse=True)) == 1
@@ -217,6 +220,7 @@ async def test_every_plan_uses_the_index(on: ModuleType, server: Servers) -> Non
             "limit": 9,
             "beyond": 10,
             "page_bytes": PAGE_BYTES,
+            "long": 1000,
         }
         for statement in (
             on._GET.format(table=table, keys=keys),
@@ -227,6 +231,11 @@ async def test_every_plan_uses_the_index(on: ModuleType, server: Servers) -> Non
             on._PURGE_END.format(**names),
             on._PURGE.format(**names),
             on._PARTITIONS.format(table=table, first="x'6e2f'", last="x'6e30'", limit=9),
+            on._GET_ONE.format(table=table, p=on._hex(b"n/p1"), k=on._hex(b"0001")),
+            on._EXPECT.format(
+                table=table,
+                expected=" OR ".join(f"(p = x'6e2f7031' AND k = x'3030303{n}' AND ver = 1)" for n in (1, 2)),
+            ),
         ):
             # id, select_type, table, type, possible_keys, key, …
             plan = [row[:6] for row in await driver._fetch(f"EXPLAIN {statement}")]
