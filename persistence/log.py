@@ -180,14 +180,6 @@ class _Flight(msgspec.Struct, eq=False):
 _Landed = Callable[[_Flight, int, BaseException | None], None]
 
 
-class _Queue:
-    __slots__ = ("running", "waiting")
-
-    def __init__(self) -> None:
-        self.waiting: deque[_Append] = deque()
-        self.running = False
-
-
 class _ChangedError(CorruptRecordError):
     """An entry that should be visible is not: it was hidden meanwhile, or is corrupt."""
 
@@ -200,7 +192,7 @@ class Log:
         self._prefix = prefix
         self._end = prefix_end(prefix)
         self._once = f"once/{prefix}"
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[str, deque[_Append]] = {}  # of the sequences to which something is on its way
         self._tails: OrderedDict[str, Tail] = OrderedDict()
         self._decoder = msgspec.json.Decoder(LogBody)
         self._plain = msgspec.json.Decoder(list[_Plain])
@@ -256,25 +248,23 @@ class Log:
     def _enqueue(self, partition: str, append: _Append) -> asyncio.Future[int]:
         queue = self._queues.get(partition)
         if queue is None:
-            queue = self._queues[partition] = _Queue()
-        queue.waiting.append(append)
-        if not queue.running:
-            queue.running = True
+            self._queues[partition] = queue = deque((append,))
             self._go_on(partition, queue)
+        else:
+            queue.append(append)
         return append.future
 
-    def _go_on(self, partition: str, queue: _Queue) -> None:
+    def _go_on(self, partition: str, queue: deque[_Append]) -> None:
         """Send what waits for one sequence: at once, or by a task where that takes more than one step."""
-        if not queue.waiting:
-            queue.running = False
-            self._queues.pop(partition, None)
+        if not queue:
+            del self._queues[partition]
         elif not self._send_at_once(partition, queue):
             self._store.coalescer.start(self._drain(partition, queue))
 
-    def _send_at_once(self, partition: str, queue: _Queue) -> bool:
+    def _send_at_once(self, partition: str, queue: deque[_Append]) -> bool:
         now = _seconds()
         tail = self._remembered(partition, now)
-        if tail is None or queue.waiting[0].edit is not None:
+        if tail is None or queue[0].edit is not None:
             return False
         batch = self._take(partition, queue, tail)
         if not batch:
@@ -282,10 +272,10 @@ class Log:
 
         def landed(flight: _Flight, version: int, error: BaseException | None) -> None:
             if isinstance(error, asyncio.CancelledError):
-                _fail(queue.waiting, error)
-                queue.waiting.clear()
+                _fail(queue, error)
+                queue.clear()
             if not self._arrive(partition, flight, version, error):
-                queue.waiting.extendleft(reversed(batch))
+                queue.extendleft(reversed(batch))
             self._go_on(partition, queue)
 
         try:
@@ -295,18 +285,18 @@ class Log:
             return False
         return True
 
-    async def _drain(self, partition: str, queue: _Queue) -> None:
+    async def _drain(self, partition: str, queue: deque[_Append]) -> None:
         """Send what waits for one sequence: one Write in flight, numbers given as it leaves."""
         batch: list[_Append] = []
         attempt = 0
         try:
-            while queue.waiting:
+            while queue:
                 tail = self._remembered(partition, _seconds())
                 if tail is None:
                     tail = await self._look(partition, queue)
                 batch = self._take(partition, queue, tail)
                 if not batch:
-                    if queue.waiting:  # its first doubts what we remember
+                    if queue:  # its first doubts what we remember
                         self._tails.pop(partition, None)
                     continue
                 if batch[0].edit is not None:
@@ -314,7 +304,7 @@ class Log:
                 elif await self._send(partition, batch, tail):
                     attempt = 0
                 else:
-                    queue.waiting.extendleft(reversed(batch))
+                    queue.extendleft(reversed(batch))
                     batch = []
                     await backoff(attempt)
                     attempt += 1
@@ -323,19 +313,18 @@ class Log:
             self._tails.pop(partition, None)
             # Those in flight have their answer; those that wait could not be
             # sent for the same reason.
-            _fail([*batch, *queue.waiting], error)
-            queue.waiting.clear()
+            _fail([*batch, *queue], error)
+            queue.clear()
             if isinstance(error, asyncio.CancelledError):
                 raise
         finally:
-            queue.running = False
-            self._queues.pop(partition, None)
+            del self._queues[partition]
 
-    async def _look(self, partition: str, queue: _Queue) -> Tail:
+    async def _look(self, partition: str, queue: deque[_Append]) -> Tail:
         """Read the end of the sequence, and answer those whose `once` is there already."""
-        for append in queue.waiting:
+        for append in queue:
             append.looked = True
-        repeated = [append for append in queue.waiting if append.once is not None]
+        repeated = [append for append in queue if append.once is not None]
         keys = [Key(partition, append.once) for append in repeated if append.once is not None]
         tail, entries = await asyncio.gather(self.tail(partition), self._store.coalescer.get(keys))
         for append, entry in zip(repeated, entries, strict=True):
@@ -354,22 +343,22 @@ class Log:
         self._remember(partition, tail)
         return tail
 
-    def _take(self, partition: str, queue: _Queue, tail: Tail) -> list[_Append]:
+    def _take(self, partition: str, queue: deque[_Append], tail: Tail) -> list[_Append]:
         """Take the appends that leave together. None while some wait: look at the end first."""
         batch: list[_Append] = []
         onces: set[str] = set()
         ops = size = 0
         last, number = tail.last, tail.number
-        while queue.waiting:
-            append = queue.waiting[0]
+        while queue:
+            append = queue[0]
             if append.future.done():
-                queue.waiting.popleft()
+                queue.popleft()
                 continue
             if append.edit is not None:
                 # It decides by the end that it is given, perhaps to change nothing:
                 # that must be no older than the call.
                 if not batch and append.looked:
-                    batch.append(queue.waiting.popleft())
+                    batch.append(queue.popleft())
                 return batch
             count = len(append.items) + (append.once is not None)
             if batch and (ops + count > APPEND_ENTRIES or size + append.size > APPEND_BYTES):
@@ -380,10 +369,10 @@ class Log:
             if doubt is not None:
                 if batch or not append.looked:
                     return batch
-                queue.waiting.popleft()
+                queue.popleft()
                 append.future.set_exception(doubt)
                 continue
-            batch.append(queue.waiting.popleft())
+            batch.append(queue.popleft())
             if append.once is not None:
                 onces.add(append.once)
             ops += count
