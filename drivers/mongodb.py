@@ -2,8 +2,8 @@ r"""A document an entry, in one collection. Its `_id` is the only index that is 
 
     {_id: "default/session/42\0m/000000000007", p: "default/session/42", v: BinData(…), ver: NumberLong(…)}
 
-MongoDB 5.0 and later, as a replica set (one node is enough) or sharded by ``{p: "hashed"}``: every filter
-names `p`. What would surprise:
+MongoDB 5.0 and later, as a replica set (one node is enough) or sharded by ``{p: "hashed"}``, where every
+filter names `p`. What would surprise:
 
 * `_id` is a string, since binary data would sort by length first. A partition holds no NUL, hence the entries
   of one lie side by side, by rising key.
@@ -188,7 +188,7 @@ class MongoDBDriver:
 
     async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
         ids = [self._id(key.partition, key.key) for key in keys]
-        wanted: _Document = {"_id": {"$in": ids}}
+        wanted: _Document = {"_id": ids[0] if len(ids) == 1 else {"$in": ids}}
         if self._sharded:  # or all shards would be asked
             wanted["p"] = {"$in": list({self._partition(key.partition) for key in keys})}
         with self._translated():
@@ -200,14 +200,15 @@ class MongoDBDriver:
                 found = await self._entries.find(wanted).to_list()  # more than one answer can hold
         documents = {document["_id"]: document for document in found}
         return [
-            _entry(key, documents[id]) if id in documents else None for key, id in zip(keys, ids, strict=True)
+            _entry(*key, documents[id]) if id in documents else None
+            for key, id in zip(keys, ids, strict=True)
         ]
 
     async def scan(
         self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
     ) -> Page:
         entries: list[Entry] = []
-        size = 0
+        size, named = 0, len(self._id(partition, ""))
         with self._translated():
             # Of large values up to 16 MB come, the most of one answer, of which a page keeps PAGE_BYTES.
             documents = await self._find(
@@ -216,9 +217,8 @@ class MongoDBDriver:
                 sort={"_id": pymongo.DESCENDING if reverse else pymongo.ASCENDING},
             )
         for document in documents:
-            key = document["_id"].partition("\0")[2]
-            entry = _entry(Key(partition, key), document)
-            size += len(key) + len(entry.value)
+            entry = _entry(partition, document["_id"][named:], document)
+            size += len(entry.key) + len(entry.value)
             if entries and (len(entries) == limit or size > PAGE_BYTES):
                 return Page(entries, True)
             entries.append(entry)
@@ -230,7 +230,7 @@ class MongoDBDriver:
             kinds.setdefault(self._way(write), []).append(place)
         outcomes: _Outcomes = [None] * len(writes)
         with self._translated():
-            results = await _settled(way([writes[n] for n in places]) for way, places in kinds.items())
+            results = await _settled([way([writes[n] for n in places]) for way, places in kinds.items()])
         for places, result in zip(kinds.values(), results, strict=True):
             for place, outcome in zip(places, result or (), strict=result is not None):
                 outcomes[place] = outcome
@@ -244,7 +244,7 @@ class MongoDBDriver:
                     within, 1, sort={"_id": 1}, projection={"_id": 1}, skip=_PURGE_STEP
                 )
                 step = {**within["_id"], **({"$lt": following[0]["_id"]} if following else {})}
-                await self._entries.delete_many({"_id": step, "p": within["p"]})
+                await self._entries.delete_many({**within, "_id": step})
             if not following:
                 return
             within["_id"]["$gte"] = following[0]["_id"]
@@ -332,7 +332,8 @@ class MongoDBDriver:
             {
                 "find": self._name,
                 "filter": wanted,
-                "hint": {"_id": 1},
+                # A lone `_id` the server finds without any planning, but only without a hint.
+                **({"hint": {"_id": 1}} if "sort" in options else {}),
                 "limit": limit,
                 "batchSize": limit,
                 "singleBatch": True,
@@ -403,7 +404,7 @@ class MongoDBDriver:
             async with turn:
                 return await self._retried(write)
 
-        return await _settled(map(alone, writes))
+        return await _settled([alone(write) for write in writes])
 
     async def _retried(self, write: Write) -> bool | None:
         """Commit one Write in a transaction; again while others were in its way, which changed nothing."""
@@ -486,7 +487,8 @@ class MongoDBDriver:
     def _range(self, partition: str, start: str, end: str | None) -> _Document:
         physical = self._partition(partition)
         stop = f"{physical}\x01" if end is None else f"{physical}\0{end}"
-        return {"_id": {"$gte": f"{physical}\0{start}", "$lt": stop}, "p": physical}
+        within: _Document = {"_id": {"$gte": f"{physical}\0{start}", "$lt": stop}}
+        return {**within, "p": physical} if self._sharded else within
 
     def _id(self, partition: str, key: str) -> str:
         return f"{self._namespace}/{partition}\0{key}"
@@ -540,8 +542,10 @@ def _database_of(url: str) -> str:
     return "" if set(name) & set("/@:") else name  # a part of a password that was not encoded
 
 
-async def _settled(calls: Iterable[Awaitable[T]]) -> list[T | None]:
+async def _settled(calls: Sequence[Awaitable[T]]) -> list[T | None]:
     """Return results, None for a call that failed; raise if all did, or for what the server did not cause."""
+    if len(calls) == 1:
+        return [await calls[0]]
     results = await asyncio.gather(*calls, return_exceptions=True)
     failures = [result for result in results if isinstance(result, BaseException)]
     for failure in failures:
@@ -577,9 +581,9 @@ def _faults(failure: errors.PyMongoError) -> list[_Document]:
     return failure.details["writeErrors"] if isinstance(failure, errors.BulkWriteError) else []
 
 
-def _entry(key: Key, document: _Document) -> Entry:
+def _entry(partition: str, key: str, document: _Document) -> Entry:
     value, version = document.get("v"), document.get("ver")
     if not isinstance(value, bytes) or not isinstance(version, int):
         message = "mongodb: the document has no value or no version"
-        raise CorruptRecordError(message, partition=key.partition, key=key.key)
-    return Entry(key.key, value, int(version))
+        raise CorruptRecordError(message, partition=partition, key=key)
+    return Entry(key, value, int(version))

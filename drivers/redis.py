@@ -20,8 +20,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import math
 import re
+import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,10 +42,12 @@ from persistence.options import (
 try:
     from hiredis import pack_command
     from redis import exceptions
-    from redis.asyncio import Redis, RedisCluster
+    from redis.asyncio import ConnectionPool, Redis, RedisCluster
     from redis.asyncio.cluster import ClusterNode
+    from redis.asyncio.connection import AbstractConnection
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
+    from redis.crc import key_slot
 except ImportError as error:
     raise missing_client("redis", "redis[hiredis]") from error
 
@@ -62,24 +64,27 @@ return found
 """
 
 # KEYS: HASH, ZSET. ARGV: Z[REV]RANGEBYLEX, its bounds, limit, bytes. It holds 50 values at most.
+# Returned: more, the keys in one text, their versions in another (0 where something is missing), the values.
 _SCAN = """
 local from, limit, budget = ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5])
-local page, size = {}, 0
-while true do
-  local wanted = math.min(50, limit + 1 - #page / 3)
+local names, versions, values, size, more = {}, {}, {}, 0, nil
+while not more do
+  local wanted = math.min(50, limit + 1 - #names)
   local keys = redis.call(ARGV[1], KEYS[2], from, ARGV[3], 'LIMIT', 0, wanted)
   local fields = {}
   for i, key in ipairs(keys) do fields[2 * i - 1], fields[2 * i] = key, ' ' .. key end
   local found = #keys > 0 and redis.call('HMGET', KEYS[1], unpack(fields)) or {}
   for i, key in ipairs(keys) do
-    local value, version = found[2 * i - 1], found[2 * i]
+    local value, version, n = found[2 * i - 1], found[2 * i], #names + 1
     size = size + #key + #(value or '')
-    if #page > 0 and (#page == 3 * limit or size > budget) then return {1, page} end
-    page[#page + 1], page[#page + 2], page[#page + 3] = key, value, version
+    if n > 1 and (n > limit or size > budget) then more = 1; break end
+    if not value or #(version or '') ~= 8 then version = ('\\0'):rep(8) end
+    names[n], versions[n], values[n] = key, version, value
   end
-  if #keys < wanted then return {0, page} end
-  from = '(' .. keys[#keys]
+  more = more or #keys < wanted and 0
+  from = '(' .. (keys[#keys] or '')
 end
+return {more, table.concat(names, ' '), table.concat(versions), values}
 """
 
 # KEYS: HASH, ZSET of each Write. ARGV: of each Write its version and the number of its ops, then of each op
@@ -147,6 +152,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
 }
 _ASKING = pack_command(("ASKING",))
 _NOT_RUN = (exceptions.NoScriptError, exceptions.AskError, exceptions.TryAgainError)  # AskError: MOVED too
+_BROKEN = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
 _REFUSALS = (exceptions.AuthenticationError, exceptions.NoPermissionError)
 _MISTAKES = ("Cluster mode is not enabled", "DB index is out of range")
 _SCAN_COUNT = 100
@@ -219,6 +225,7 @@ class RedisDriver:
         self._given = client
         self._client = client
         self._opened = False
+        self._idle: list[AbstractConnection] = []  # taken from the pool of our own client, which is slow
         self._stale = False  # a node died or a slot moved: ask the Cluster who has what
         self._pool_size = pool_size
         self._options: dict[str, Any] = {
@@ -259,6 +266,7 @@ class RedisDriver:
 
     async def close(self) -> None:
         client, self._client, self._opened = self._client, self._given, False
+        self._idle.clear()
         if client is not None and client is not self._given:
             await client.aclose()
 
@@ -278,10 +286,13 @@ class RedisDriver:
             commands = [_script(_GET_SHA, names, [key.key for key in keys])]
             places = {"": list(range(len(keys)))}
         with _translated():
-            for group, reply in zip(places.values(), await self._read(commands), strict=True):
-                for place, value, version in zip(group, reply[::2], reply[1::2], strict=True):
-                    if value is not None or version is not None:
-                        found[place] = _entry(keys[place], value, version)
+            replies = await self._read(commands)
+        for group, reply in zip(places.values(), replies, strict=True):
+            for place, value, version in zip(group, reply[::2], reply[1::2], strict=True):
+                if value is not None and version is not None and len(version) == _VERSION_BYTES:
+                    found[place] = Entry(keys[place].key, value, int.from_bytes(version, "big"))
+                elif value is not None or version is not None:
+                    raise _corrupt(keys[place])
         return found
 
     async def scan(
@@ -291,11 +302,12 @@ class RedisDriver:
         search = ("ZREVRANGEBYLEX", last, first) if reverse else ("ZRANGEBYLEX", first, last)
         command = _script(_SCAN_SHA, self._names(partition), [*search, limit, PAGE_BYTES])
         with _translated():
-            [(more, page)] = await self._read([command])
-        rows = zip(page[::3], page[1::3], page[2::3], strict=True)
-        return Page(
-            [_entry(Key(partition, key.decode()), value, version) for key, value, version in rows], more == 1
-        )
+            [(more, names, packed, values)] = await self._read([command])
+        keys = names.decode().split()
+        versions = struct.unpack(f">{len(keys)}Q", packed)
+        if 0 in versions:
+            raise _corrupt(Key(partition, keys[versions.index(0)]))
+        return Page(list(map(Entry, keys, values, versions)), more == 1)
 
     async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
         if not writes:
@@ -406,11 +418,17 @@ class RedisDriver:
     async def _ask(self, node: _Executor, *words: Any) -> Any:
         """Send one of the commands whose replies redis-py puts in order: nothing that changes data."""
         async with self._turn:
+            if isinstance(node, Redis):
+                await self._return_idle(node.connection_pool)
             try:
                 return await node.execute_command(*words)
             except exceptions.ConnectionError:
                 self._stale = True
                 raise
+
+    async def _return_idle(self, pool: ConnectionPool) -> None:
+        while self._idle:
+            await pool.release(self._idle.pop())
 
     async def _read(self, commands: Sequence[_Command]) -> list[Any]:
         replies = await self._send(commands)
@@ -425,7 +443,26 @@ class RedisDriver:
         async with self._turn:
             if isinstance(client, RedisCluster):
                 return await self._spread(client, commands)
-            return [await _send_once(client, command.words) for command in commands]
+            return [await self._send_once(client, command.words) for command in commands]
+
+    async def _send_once(self, client: Redis, words: tuple[Any, ...]) -> Any:
+        pool: Any = client.connection_pool
+        connection = self._idle.pop() if self._idle else await pool.get_connection()
+        try:
+            await pool.ensure_connection(connection)
+            [reply] = await _exchange(connection, [pack_command(words)])
+            if isinstance(reply, exceptions.NoScriptError):
+                [reply] = await _exchange(connection, [pack_command(_with_text(words))])
+        finally:
+            if self._given is None:
+                self._idle.append(connection)
+            else:
+                await pool.release(connection)
+        if isinstance(reply, _BROKEN):
+            # The other connections most likely died too, or lead to a server that is no longer the primary.
+            await self._return_idle(pool)
+            await pool.disconnect(inuse_connections=False)
+        return reply
 
     async def _spread(self, client: RedisCluster, commands: Sequence[_Command]) -> list[Any]:
         """Send commands to their nodes, one packet a node; follow what was refused before it was run."""
@@ -437,17 +474,19 @@ class RedisDriver:
             if delay:
                 await asyncio.sleep(delay)
             await self._refresh()
-            queues: dict[ClusterNode, list[int]] = {}
+            queues: dict[tuple[ClusterNode, bool], list[int]] = {}
             for place in todo:
-                node = asked.get(place) or cast("ClusterNode", client.get_node_from_key(commands[place].name))
-                queues.setdefault(node, []).append(place)
+                node = asked.get(place) or _home(client, commands[place].name)
+                queues.setdefault((node, place in asked), []).append(place)
             deliveries = [
-                self._deliver(node, [(words[place], place in asked) for place in queue])
-                for node, queue in queues.items()
+                self._deliver(node, [words[place] for place in queue], asking)
+                for (node, asking), queue in queues.items()
             ]
-            for queue, answers in zip(queues.values(), await asyncio.gather(*deliveries), strict=True):
-                for place, answer in zip(queue, answers, strict=True):
-                    replies[place] = answer
+            # A lone one needs no task of its own.
+            answers = [await deliveries[0]] if len(deliveries) == 1 else await asyncio.gather(*deliveries)
+            for queue, answer in zip(queues.values(), answers, strict=True):
+                for place, reply in zip(queue, answer, strict=True):
+                    replies[place] = reply
             asked, todo = {}, [place for place in todo if isinstance(replies[place], _NOT_RUN)]
             for place in todo:
                 reply = replies[place]
@@ -465,30 +504,19 @@ class RedisDriver:
                 break
         return replies
 
-    async def _deliver(self, node: ClusterNode, queue: Sequence[tuple[tuple[Any, ...], bool]]) -> list[Any]:
-        replies: list[Any] = []
+    async def _deliver(self, node: ClusterNode, queue: Sequence[tuple[Any, ...]], asking: bool) -> list[Any]:
+        packet = [pack_command(words) for words in queue]
+        if asking:
+            packet = [part for command in packet for part in (_ASKING, command)]
         connection = node.acquire_connection()
         try:
-            packet = [(_ASKING if asking else b"") + pack_command(words) for words, asking in queue]
-            await connection.send_packed_command(packet)
-            # One alarm for all replies; setting one for each would take a third of the time.
-            async with asyncio.timeout(connection.socket_timeout):
-                for _, asking in queue:
-                    if asking:
-                        await connection.read_response(timeout=math.inf)
-                    try:
-                        reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
-                        replies.append(reply)
-                    except exceptions.ResponseError as refusal:
-                        replies.append(refusal)
-        except (exceptions.RedisError, OSError) as failure:
-            replies += [failure] * (len(queue) - len(replies))
-            self._stale = True
-            await connection.disconnect()  # it may hold replies that nobody will read
-            await node.disconnect_free_connections()  # they most likely died too
+            replies = await _exchange(connection, packet)
         finally:
             node.release(connection)
-        return replies
+        if isinstance(replies[-1], _BROKEN):
+            self._stale = True
+            await node.disconnect_free_connections()  # they most likely died too
+        return replies[1::2] if asking else replies
 
     async def _refresh(self) -> None:
         """Learn anew which node has which slots, if that is in doubt; other nodes keep their connections."""
@@ -531,23 +559,33 @@ def from_url(url: str) -> RedisDriver:
     return RedisDriver(split.url, **split.options)
 
 
-async def _send_once(client: Redis, words: tuple[Any, ...]) -> Any:
-    pool = client.connection_pool
-    connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+async def _exchange(connection: AbstractConnection, packet: Sequence[bytes]) -> list[Any]:
+    """Send commands together, and return their replies with errors among them."""
+    replies: list[Any] = []
+    limit = connection.socket_timeout
     try:
-        await connection.send_packed_command(pack_command(words))  # redis-py's own takes three times as long
-        try:
-            return await connection.read_response(disable_decoding=True)
-        except exceptions.NoScriptError:
-            await connection.send_packed_command(pack_command(_with_text(words)))
-            return await connection.read_response(disable_decoding=True)
-    except (exceptions.ConnectionError, exceptions.ReadOnlyError):
-        # The other connections most likely died too, or lead to a server that is no longer the primary.
-        await connection.disconnect()
-        await pool.disconnect(inuse_connections=False)
-        raise
+        await connection.connect()  # type: ignore[no-untyped-call]
+        # One alarm for all; redis-py sets one to send, which takes a task of its own, and one for each reply.
+        connection.socket_timeout = None
+        async with asyncio.timeout(limit):
+            await connection.send_packed_command(packet)
+            for _ in packet:
+                try:
+                    replies.append(await connection.read_response(disable_decoding=True))
+                except exceptions.ResponseError as refusal:
+                    replies.append(refusal)
+    except (exceptions.RedisError, OSError) as failure:
+        replies += [failure] * (len(packet) - len(replies))
+        await connection.disconnect()  # it may hold replies that nobody will read
     finally:
-        await pool.release(connection)
+        connection.socket_timeout = limit
+    return replies
+
+
+def _home(client: RedisCluster, name: str) -> ClusterNode:
+    """Return what `client.get_node_from_key` does, in a third of the time."""
+    owners = client.nodes_manager.slots_cache.get(key_slot(name.encode()))
+    return owners[0] if owners else cast("ClusterNode", client.get_node_from_key(name))
 
 
 def _script(sha: str, names: Sequence[str], words: Sequence[Any]) -> _Command:
@@ -566,11 +604,9 @@ def _version(number: int) -> bytes:
     return number.to_bytes(_VERSION_BYTES, "big")
 
 
-def _entry(key: Key, value: bytes | None, version: bytes | None) -> Entry:
-    if value is None or version is None or len(version) != _VERSION_BYTES:
-        message = "redis: the entry has no value or no version"
-        raise CorruptRecordError(message, partition=key.partition, key=key.key)
-    return Entry(key.key, value, int.from_bytes(version, "big"))
+def _corrupt(key: Key) -> CorruptRecordError:
+    message = "redis: the entry has no value or no version"
+    return CorruptRecordError(message, partition=key.partition, key=key.key)
 
 
 def _text(name: str | bytes | int) -> str:

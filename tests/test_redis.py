@@ -372,6 +372,7 @@ async def test_no_more_connections_are_made_than_the_pool_may_hold(server: Serve
         opened(server("redis").url_at(proxy.port), pool_size=3) as driver,
     ):
         await asyncio.gather(*(driver.scan(f"p{number}", "", None, limit=1) for number in range(100)))
+        assert await listed(driver) == set()
         assert proxy.connections == 3
 
 
