@@ -220,13 +220,13 @@ async def test_every_plan_uses_the_index(on: ModuleType, server: Servers) -> Non
             "limit": 9,
             "beyond": 10,
             "page_bytes": PAGE_BYTES,
-            "long": 1000,
         }
         for statement in (
             on._GET.format(table=table, keys=keys),
             on._LOCK.format(table=table, keys=keys),
             on._DELETE.format(table=table, keys=keys),
-            on._SCAN.format(**scan),
+            on._SCAN.format(**scan, fits=on._ONE_FITS),
+            on._SCAN.format(**scan, fits=on._ALL_FIT.format(**scan)),
             on._SCAN_CUT.format(**scan),
             on._PURGE_END.format(**names),
             on._PURGE.format(**names),
