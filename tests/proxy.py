@@ -46,12 +46,14 @@ class Proxy:
     All faults concern all connections. `requests` and `replies` are the two
     directions, in bytes; `round_trips` counts the replies that answered
     something, a reply being all that comes until the client speaks again.
+    `latency` is how many seconds a reply is kept back.
     """
 
     def __init__(self, target: int) -> None:
         self.port = free_port()
         self.connections = 0
         self.round_trips = 0
+        self.latency = 0.0
         self._target = target
         self._requests, self._replies = _Flow(), _Flow()
         self._links: set[_Link] = set()
@@ -140,6 +142,8 @@ class Proxy:
     ) -> None:
         try:
             while chunk := await reader.read(CHUNK):
+                if self.latency and flow is self._replies:
+                    await asyncio.sleep(self.latency)
                 await self._flowing.wait()
                 if writer.is_closing():  # cut while it was stalled
                     return

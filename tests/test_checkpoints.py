@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import random
-import resource
-import sys
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -1205,46 +1203,6 @@ async def test_a_process_killed_in_the_middle_loses_nothing_and_repair_leaves_no
         assert {key.partition("/")[0] for key, _ in await stored(p)} <= {"head", "checkpoint", "piece"}
         await p.checkpoints.put("t", state(3))
         assert await p.checkpoints.get("t") == state(3)
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
-def _hundred_megabytes(make: MakeDriver, then: str, report: Any) -> None:
-    """Put or get a state of almost 100 MB; report by how many bytes memory grew beyond the state."""
-    count = 88_000
-    given: dict[str, Any] = {}
-    if then == "put":
-        chance = random.Random(3)
-        given["messages"] = [message(i, 100) | {"text": chance.randbytes(450).hex()} for i in range(count)]
-    before = _peak()
-
-    async def run() -> None:
-        async with create_persistence(make()) as p:
-            if then == "put":
-                meta = await p.checkpoints.put("t", given)
-                assert 90_000_000 < meta.size_bytes < 100_000_000
-                report.send(_peak() - before)
-            else:
-                found = await p.checkpoints.get("t")
-                assert len(found["messages"]) == count
-                report.send(_peak() - before - count * 1_000)  # a message takes rather more
-
-    asyncio.run(run())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux reports it")
-@pytest.mark.parametrize("make_driver", ["sqlite"], indirect=True)
-async def test_a_hundred_megabytes_take_less_than_three_hundred_more(make_driver: MakeDriver) -> None:
-    context = multiprocessing.get_context("spawn")
-    for then in ("put", "get"):
-        receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=_hundred_megabytes, args=(make_driver, then, sending))
-        process.start()
-        await asyncio.to_thread(process.join)
-        assert process.exitcode == 0
-        assert receiving.recv() < 300_000_000
 
 
 # ---- against a model

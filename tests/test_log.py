@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -523,119 +522,7 @@ async def test_a_slow_store_is_no_faster_writer(
     assert await asyncio.gather(*calls) == [1, 2, 3]
 
 
-# ---- models
-
-
-@dataclass
-class Model:
-    """What a session is: a list of numbers and texts, and whether it was deleted."""
-
-    visible: list[tuple[int, str]] = field(default_factory=list)
-    greatest: int = 0
-    deleted: bool = False
-    saved: bool = False
-    onces: dict[str, int] = field(default_factory=dict)
-
-    def mark(self) -> None:
-        self.greatest += 1
-
-
-@pytest.mark.parametrize("seed", range(12))
-async def test_several_processes_one_step_at_a_time_equal_a_list(memory: MemoryDriver, seed: int) -> None:
-    rng = random.Random(seed)
-    opened = [await create_persistence(RecordingDriver(memory)) for _ in range(3)]
-    models = {"s": Model(), "t": Model()}
-    for step in range(250):
-        p, id = rng.choice(opened), rng.choice("st")
-        m, text = models[id], f"m{step}"
-        last = m.visible[-1][0] if m.visible else 0
-        match rng.randrange(14):
-            case 0 | 1 | 2:
-                if m.deleted:
-                    with pytest.raises(NotFoundError):
-                        await p.sessions.add_message(id, {"t": text})
-                else:
-                    m.greatest += 1
-                    m.visible.append((m.greatest, text))
-                    assert await p.sessions.add_message(id, {"t": text}) == m.greatest
-            case 3:
-                count = rng.randrange(1, 30)
-                if not m.deleted:
-                    numbers = await p.sessions.add_messages(id, [{"t": f"{text}-{n}"} for n in range(count)])
-                    m.visible += [(m.greatest + 1 + n, f"{text}-{n}") for n in range(count)]
-                    m.greatest += count
-                    assert numbers == [number for number, _ in m.visible[-count:]]
-            case 4:
-                wrong = last + rng.choice([-1, 1, 2])
-                if not m.deleted and wrong >= 0:
-                    with pytest.raises(ConflictError):
-                        await p.sessions.add_message(id, {"t": text}, expected_last=wrong)
-                    m.greatest += 1
-                    m.visible.append((m.greatest, text))
-                    assert await p.sessions.add_message(id, {"t": text}, expected_last=last) == m.greatest
-            case 5:
-                once = rng.choice("abcdef")
-                if once in m.onces:
-                    assert (
-                        await p.sessions.add_message(id, {"t": text}, idempotency_key=once) == m.onces[once]
-                    )
-                elif not m.deleted:
-                    m.greatest += 1
-                    m.visible.append((m.greatest, text))
-                    m.onces[once] = m.greatest
-                    assert await p.sessions.add_message(id, {"t": text}, idempotency_key=once) == m.greatest
-            case 6:
-                assert await p.sessions.clear_messages(id) == len(m.visible)
-                if m.visible:
-                    m.mark()
-                m.visible = []
-            case 7:
-                if m.visible:
-                    number, text = rng.choice(m.visible[-10:])
-                    gone = [entry for entry in m.visible if entry[0] > number]
-                    m.visible = [entry for entry in m.visible if entry[0] <= number]
-                    if rng.random() < 0.5:
-                        assert await p.sessions.truncate_after_message(id, seq=number) == len(gone)
-                    else:
-                        assert await opened[0].sessions.truncate_after_message(id, seq=number) == len(gone)
-                    if gone:
-                        m.mark()
-            case 8:
-                number = m.greatest + rng.randrange(1, 3)
-                with pytest.raises(NotFoundError):
-                    await p.sessions.truncate_after_message(id, seq=number)
-            case 9:
-                if rng.random() < 0.4:
-                    removed = await p.sessions.delete_session(id)
-                    assert (removed.sessions, removed.messages) == (m.saved, len(m.visible))
-                    if m.saved or (m.greatest and not m.deleted):
-                        m.mark()
-                        m.visible, m.saved, m.deleted = [], False, True
-                        m.onces.clear()  # keys of a life that is over
-            case 10:
-                await p.sessions.save_session(session(id))
-                if m.deleted:
-                    m.mark()
-                m.saved, m.deleted = True, False
-            case 11:
-                await p.repair()
-            case 12:
-                size = rng.choice([0, 1, 3, 20, 1000])
-                found = await p.sessions.read_messages(id, last=size)
-                assert [(f.seq, f.message["t"]) for f in found] == (m.visible[-size:] if size else [])
-            case 13:
-                assert await p.sessions.count_messages(id) == len(m.visible)
-                after = rng.randrange(m.greatest + 3)
-                found = await p.sessions.read_messages(id, after=after)
-                assert [(f.seq, f.message["t"]) for f in found] == [e for e in m.visible if e[0] > after]
-    for id, m in models.items():
-        for p in opened:
-            found = await p.sessions.read_messages(id)
-            assert [(f.seq, f.message["t"]) for f in found] == m.visible
-            assert await p.sessions.count_messages(id) == len(m.visible)
-            assert await p.sessions.session_exists(id) == m.saved
-    for p in opened:
-        await p.close()
+# ---- all at once; test_log_model.py has them one after the other
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.15])
