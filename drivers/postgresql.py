@@ -3,8 +3,10 @@
 Names are ``bytea``, which sorts as bytes in every locale; ``p`` is ``namespace/partition``. Values are
 ``bytea`` too: jsonb holds neither NUL nor any bytes. `PostgreSQLDriver.view_ddl` shows all three legibly.
 
-Every call is one statement in autocommit, so one round trip (two with ``statement_cache_size=0``). The only
-transaction is that of a Write which deletes, beside other ops, a key that is not there: 5 round trips.
+Every call is one statement in autocommit, so one round trip (two with ``statement_cache_size=0``); a `commit`
+of several creates takes a second one if one of the keys is there, which the server's log shows as an error.
+The only transaction is that of a Write which deletes, beside other ops, a key that is not there: 5 round
+trips.
 What would surprise:
 
 * A `commit` first locks the rows it names, in the order of their keys, then decides write by write, then
@@ -51,7 +53,8 @@ except ImportError as error:
 
 __all__ = ["PostgreSQLDriver", "from_url", "postgresql_driver"]
 
-_GET_ONE = "SELECT 1, v, ver FROM {table} WHERE p = $1 AND k = $2"
+_GET_ONE = "SELECT p, v, ver FROM {table} WHERE p = $1 AND k = $2"
+_GET_KEY = "SELECT p, v, ver FROM {table} WHERE p = ANY ($1::bytea[]) AND k = $2"
 _GET = """
 SELECT n, v, ver
 FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY AS wanted(p, k, n) JOIN {table} USING (p, k)
@@ -74,8 +77,8 @@ _CREATE = """
 INSERT INTO {table} (p, k, v, ver)
 SELECT p, k, v, ver FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::bigint[]) AS op(p, k, v, ver)
 ORDER BY p, k
-ON CONFLICT DO NOTHING RETURNING p
 """
+_CREATE_ABSENT = f"{_CREATE}ON CONFLICT DO NOTHING RETURNING p"
 
 # An op: the number of its write, its key, the new value, the version to expect (NULL any, 0 absent, -1 any
 # but present), the version it leaves behind (NULL the same, 0 absent). A write is refused while more of its
@@ -335,11 +338,13 @@ class PostgreSQLDriver:
         self._ddl = (f'CREATE SCHEMA IF NOT EXISTS "{schema}";\n', _TABLE.format(**names))
         self._view = _VIEW.format(**names)
         self._get_one = _GET_ONE.format(**names)
+        self._get_key = _GET_KEY.format(**names)
         self._get = _GET.format(**names)
         self._scan = _SCAN.format(**names, order="", page_bytes=PAGE_BYTES)
         self._scan_back = _SCAN.format(**names, order="DESC", page_bytes=PAGE_BYTES)
         self._insert_one = _CREATE_ONE.format(**names)
         self._insert = _CREATE.format(**names)
+        self._insert_absent = _CREATE_ABSENT.format(**names)
         self._commit = _COMMIT.format(**names)
         self._hold = _HOLD.format(**names)
         self._purge = _PURGE.format(**names)
@@ -380,11 +385,15 @@ class PostgreSQLDriver:
             await pool.close()
 
     async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
-        p, k = [self._name(key.partition) for key in keys], [key.key.encode() for key in keys]
-        one = len(keys) == 1
-        rows = await (self._fetch(self._get_one, p[0], k[0]) if one else self._fetch(self._get, p, k))
+        p, k = [self._name(key.partition) for key in keys], [key.key for key in keys]
+        if len({*k}) == 1:  # such as the records of many
+            one, key = len(p) == 1, k[0].encode()
+            statement, names = (self._get_one, p[0]) if one else (self._get_key, p)
+            rows = await self._fetch(statement, names, key)
+            entries = {name: Entry(k[0], value, version) for name, value, version in rows}
+            return [entries.get(name) for name in p]
         found: list[Entry | None] = [None] * len(keys)
-        for n, value, version in rows:
+        for n, value, version in await self._fetch(self._get, p, [key.encode() for key in k]):
             found[n - 1] = Entry(keys[n - 1].key, value, version)
         return found
 
@@ -409,8 +418,8 @@ class PostgreSQLDriver:
             return [await self._run(lambda connection: connection.execute(self._insert_one, *row)) == _ONE]
         if len(creates) == len(writes):
             versions = [write.version for write in writes]
-            columns = [[*column] for column in zip(*creates, strict=True)]
-            created = {row["p"] for row in await self._fetch(self._insert, names, *columns, versions)}
+            columns = [names, *([*column] for column in zip(*creates, strict=True)), versions]
+            created = await self._run(lambda connection: self._create_all(connection, columns))
             return [name in created for name in names]
         columns = _columns(names, writes)
         refused = set(await self._run(lambda connection: self._apply(connection, columns)))
@@ -438,6 +447,14 @@ class PostgreSQLDriver:
 
     def _name(self, partition: str) -> bytes:
         return (self._first + partition).encode()
+
+    async def _create_all(self, connection: Any, columns: Sequence[list[Any]]) -> set[bytes]:
+        """Create as if all keys were absent, which they mostly are; return the partitions that succeed."""
+        try:
+            await connection.execute(self._insert, *columns)
+        except asyncpg.UniqueViolationError:  # and nothing is inserted: one statement is whole
+            return {row["p"] for row in await connection.fetch(self._insert_absent, *columns)}
+        return {*columns[0]}
 
     async def _apply(self, connection: Any, columns: Sequence[list[Any]]) -> list[int]:
         refused: list[int] = await connection.fetchval(self._commit, *columns)

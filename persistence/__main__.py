@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from typing import TextIO
 
 __all__ = ["main"]
 
@@ -21,7 +23,20 @@ def main() -> None:
         sys.exit(2)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
-    app(prog_name="persistence")
+    try:
+        app(prog_name="persistence")
+    finally:
+        _flush(sys.__stdout__)
+
+
+def _flush(output: TextIO | None) -> None:
+    """Write what is left; where nobody reads it any more, forget it, or Python would complain as it ends."""
+    if output is None or output.closed:
+        return
+    try:
+        output.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
 
 
 if __name__ == "__main__":

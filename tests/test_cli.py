@@ -536,13 +536,14 @@ def test_help_has_an_example_for_each_command() -> None:
         assert f"  persistence {command}" in result.stdout.partition("Example")[2]
 
 
+@pytest.mark.parametrize(("reader", "seen"), [("head -c 1", b"{"), ("true", b""), ("sleep 0.1", b"")])
 def test_a_reader_that_has_seen_enough_causes_no_traceback(
-    imported: str, conversations: Conversations
+    imported: str, conversations: Conversations, reader: str, seen: bytes
 ) -> None:
     show = f"-m persistence show {imported} {conversations[0]['session_id']} --last 99 --json"
-    command = f"{sys.executable} {show} | head -c 1"
+    command = f"{sys.executable} {show} | {reader}"
     done = subprocess.run(command, shell=True, capture_output=True, check=False)
-    assert (done.stdout, done.stderr) == (b"{", b"")
+    assert (done.stdout, done.stderr) == (seen, b"")
 
 
 # ---- demo

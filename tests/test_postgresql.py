@@ -130,6 +130,7 @@ async def test_each_call_is_one_round_trip(server: Servers) -> None:
             return [Write(p, tuple(Put(k, b"v", expect) for k in "xyz"), version) for p in many]
 
         assert await trips(lambda n: driver.commit([create(p, f"k{n}", version=n) for p in many])) == 1
+        assert await trips(lambda n: driver.commit([create(p, "k1") for p in many])) == 2  # refused
         assert await trips(lambda n: driver.commit(puts(n, (ABSENT, 1)[n - 1]))) == 1
         assert await trips(lambda n: driver.commit(puts(9, 8))) == 1  # refused
         assert (
@@ -139,6 +140,7 @@ async def test_each_call_is_one_round_trip(server: Servers) -> None:
             == 1
         )
         assert await trips(lambda n: driver.get([Key(p, k) for p in many for k in "xyz"])) == 1
+        assert await trips(lambda n: driver.get([Key(p, "x") for p in many])) == 1
         assert await trips(lambda n: driver.get([Key("p1", "x")])) == 1
         assert await trips(lambda n: driver.scan("p1", "", None, limit=2)) == 1
         assert await trips(lambda n: driver.scan("p1", "", None, limit=2, reverse=True)) == 1
@@ -187,6 +189,7 @@ async def test_every_plan_uses_the_index(server: Servers) -> None:
         op = [1], [p], [k], [b"v"], [1], [2]
         for statement, arguments in (
             (driver._get_one, (p, k)),
+            (driver._get_key, ([p], k)),
             (driver._get, ([p], [k])),
             (driver._scan, (p, k, b"9", 10)),
             (driver._scan_back, (p, k, b"9", 10)),
