@@ -25,6 +25,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from operator import itemgetter
 from ssl import SSLContext, create_default_context
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -63,6 +64,7 @@ except ImportError:
 __all__ = ["MySQLDriver", "client_library", "from_url", "mysql_driver"]
 
 _GET_ONE = "SELECT v, ver FROM {table} WHERE p = {p} AND k = {k}"
+_GET_KEY = "SELECT p, v, ver FROM {table} WHERE p IN ({partitions}) AND k = {k}"
 _GET = "SELECT p, k, v, ver FROM {table} WHERE (p, k) IN ({keys})"
 
 # Values that may not fit into the page are left out, and `_SCAN_CUT` is asked. For a page of few entries each
@@ -314,6 +316,11 @@ class MySQLDriver:
             rows = await self._fetch(_GET_ONE.format(table=self._table, p=p, k=k))
             return [Entry(key, *rows[0]) if rows else None]
         names = [(self._partition(key.partition), key.key.encode()) for key in keys]
+        if len({k for _, k in names}) == 1:  # such as the records of many
+            partitions, k = ",".join(_hex(p) for p, _ in names), _hex(names[0][1])
+            rows = await self._fetch(_GET_KEY.format(table=self._table, partitions=partitions, k=k))
+            entries = {p: Entry(keys[0].key, v, ver) for p, v, ver in rows}
+            return [entries.get(p) for p, _ in names]
         rows = await self._fetch(_GET.format(table=self._table, keys=_keys(names)))
         found = {(p, k): Entry(k.decode(), v, ver) for p, k, v, ver in rows}
         return [found.get(name) for name in names]
@@ -401,14 +408,14 @@ class MySQLDriver:
         absent = [_hex(step.name[1]) for step in steps if step.op.expect == ABSENT]
         deletes = [step.name for step in steps if isinstance(step.op, Delete)]
         packet = ["BEGIN", *self._hold(steps)]
-        version = "{version}"
+        version = "", ""
         if expected:
             those = (
                 f"(p = {_hex(p)} AND k = {_hex(k)} AND ver = {op.expect:d})" for (p, k), op, *_ in expected
             )
             packet.append(_EXPECT.format(table=self._table, expected=" OR ".join(those)))
-            version = f"IF(@held = {len(expected)}, {version}, NULL)"
-        rows = _rows(steps, version)
+            version = f"IF(@held = {len(expected)}, ", ", NULL)"
+        rows = _rows(steps, *version)
         packet.append(_PUT_IF.format(table=self._table, rows=rows, absent=",".join(absent) or "NULL"))
         if deletes:
             packet.append(_DELETE.format(table=self._table, keys=_keys(deletes)))
@@ -512,7 +519,7 @@ class MySQLDriver:
             finally:
                 if not in_order:
                     connection.close()
-                await pool.release(connection)
+                pool.release(connection)  # not awaited: that would wake those who wait there, and nobody does
         return result
 
     async def _prepare(self) -> None:
@@ -592,12 +599,12 @@ def _keys(names: Iterable[_Name]) -> str:
     return ",".join(f"({_hex(p)},{_hex(k)})" for p, k in sorted(names))
 
 
-def _rows(steps: Iterable[_Step], version: str = "{version}") -> str:
+def _rows(steps: Iterable[_Step], before: str = "", after: str = "") -> str:
     """Return the rows that Puts store, for ``VALUES``, in the order of their names."""
     return ",".join(
-        f"({_hex(step.name[0])},{_hex(step.name[1])},{_hex(step.op.value)},{version.format(version=step.version)})"
-        for step in sorted(steps, key=lambda step: step.name)
-        if isinstance(step.op, Put)
+        f"(x'{p.hex()}',x'{k.hex()}',x'{op.value.hex()}',{before}{version:d}{after})"
+        for (p, k), op, version, _ in sorted(steps, key=itemgetter(0))
+        if isinstance(op, Put)
     )
 
 

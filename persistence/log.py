@@ -90,7 +90,8 @@ class LogBody(Body):
 
     `n`: visible entries up to this one. `m`: number of the last marker, this
     one included. `b`: number of the marker after the last delete, 0: none. `at`:
-    milliseconds. `r`: the ranges that a marker leaves visible.
+    milliseconds. `r`: the ranges that a marker leaves visible. Under the key of
+    a `once`, `n` is the first number that its append got, `m` how many it got.
     """
 
     n: int = 0
@@ -215,10 +216,11 @@ class Log:
         """Append `items` (within `APPEND_ENTRIES` and `APPEND_BYTES`) atomically; return the first number.
 
         A second append with the same `once` (encoded) changes nothing and returns the
-        number that the first one got. `expected_last` is the number of the last
-        visible entry that the caller knows of, 0 for none. Raises
-        `ConflictError` if it is another, `NotFoundError` if the sequence was
-        deleted, `UnavailableError` if others are faster for 10 seconds.
+        number that the first one got; `ConflictError` if that had not as many
+        items. `expected_last` is the number of the last visible entry that the
+        caller knows of, 0 for none; `ConflictError` if it is another. Raises
+        `NotFoundError` if the sequence was deleted, `UnavailableError` if others
+        are faster for 10 seconds.
         """
         coalescer = self._store.coalescer
         size = items[0].size if len(items) == 1 else sum(item.size for item in items)
@@ -332,14 +334,17 @@ class Log:
             if entry is None or tail.deleted or append.future.done():
                 continue
             try:
-                first = self._unpack(partition, entry).n
+                once = self._unpack(partition, entry)
             except CorruptRecordError as error:
                 append.future.set_exception(error)
                 continue
-            if first > tail.born:
-                append.future.set_result(first)
-            else:  # of a life before the last delete: to be replaced
+            if once.n <= tail.born:  # of a life before the last delete: to be replaced
                 append.once_version = entry.version
+            elif once.m == len(append.items):
+                append.future.set_result(once.n)
+            else:
+                message = f"the idempotency key was used for {once.m} entries, not {len(append.items)}"
+                append.future.set_exception(ConflictError(message, partition=partition, key=append.once))
         self._remember(partition, tail)
         return tail
 
@@ -422,7 +427,7 @@ class Log:
                 body.n, body.m, body.b = count, tail.marker, tail.born
                 ops.append(Put(number_key(self._prefix, number), pack(body), ABSENT))
             if append.once is not None:
-                once = LogBody(n=firsts[-1], at=self._store.clock())
+                once = LogBody(n=firsts[-1], m=len(append.items), at=self._store.clock())
                 ops.append(Put(append.once, pack(once), append.once_version))
         calls = [append.call for append in batch if append.call is not None]
         for call in calls:

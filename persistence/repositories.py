@@ -319,7 +319,8 @@ class Sessions(Repository):
 
         Atomic up to 900 messages and 3 MiB. More go batch by batch; an error
         then has the count of those stored as its `stored`. The other arguments
-        are those of `add_message`.
+        are those of `add_message`; `ConflictError` if the `idempotency_key` was
+        used for another count of messages.
         """
         partition = SESSIONS.partition(session_id)
         once = None if idempotency_key is None else encode_id(idempotency_key, "idempotency_key")

@@ -171,6 +171,7 @@ async def test_the_round_trips_of_each_call(on: ModuleType, server: Servers) -> 
         assert await trips(driver.commit([Write("p2", some, 7)])) == 1
         assert await trips(driver.commit([Write("p2", some[:2], 8)])) == 2  # refused
         assert await trips(driver.get([Key(p, k) for p in many for k in "xyz"])) == 1
+        assert await trips(driver.get([Key(p, "x") for p in many])) == 1
         assert await trips(driver.scan("p1", "", None, limit=2)) == 1
         assert await trips(driver.scan("p1", "", None, limit=2, reverse=True)) == 1
         assert await trips(driver.partitions(None, 100)) == 1
@@ -223,6 +224,7 @@ async def test_every_plan_uses_the_index(on: ModuleType, server: Servers) -> Non
         }
         for statement in (
             on._GET.format(table=table, keys=keys),
+            on._GET_KEY.format(table=table, partitions="x'6e2f7031',x'6e2f7032'", k="x'30303031'"),
             on._LOCK.format(table=table, keys=keys),
             on._DELETE.format(table=table, keys=keys),
             on._SCAN.format(**scan, fits=on._ONE_FITS),

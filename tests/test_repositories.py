@@ -422,6 +422,9 @@ async def test_an_idempotency_key_adds_once(p: Persistence) -> None:
     assert await p.sessions.add_messages("s", [{"n": 3}, {"n": 4}], idempotency_key="many") == [3, 4]
     assert await p.sessions.add_messages("s", [{"n": 3}, {"n": 4}], idempotency_key="many") == [3, 4]
     assert [message["n"] for message in await p.sessions.get_messages("s")] == [1, 2, 3, 4]
+    for other in ([{"n": 3}], [{"n": 3}, {"n": 4}, {"n": 5}]):
+        with pytest.raises(ConflictError, match="used for 2"):
+            await p.sessions.add_messages("s", other, idempotency_key="many")
     assert await p.sessions.add_message("s", {"n": 1}, idempotency_key="k", expected_last=0) == first
 
 
