@@ -14,6 +14,8 @@ filter names `p`. What would surprise:
 * A Write of one op needs no transaction. The others share one; where that fails because of one of them, it is
   sought out, and in the end each has a transaction of its own.
 * A `Check` writes field `c`: under snapshot isolation, what is only read may change before the commit.
+* For a minute MongoDB keeps a transaction whose client was killed before the commit, and lets nobody else
+  write there. So a `commit` that takes long looks for such transactions of this library, and aborts them.
 * Where pymongo sends a write again after a lost connection, that is safe, and left on: the server knows the
   write by its transaction number and does not apply it twice. Lone creates it does not send again.
 """
@@ -25,6 +27,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -55,6 +58,7 @@ try:
     )
     from pymongo.asynchronous.client_session import AsyncClientSession
     from pymongo.asynchronous.collection import AsyncCollection
+    from pymongo.driver_info import DriverInfo
     from pymongo.read_concern import ReadConcern
 except ImportError as error:
     raise missing_client("mongodb", "pymongo") from error
@@ -78,6 +82,8 @@ _AT_ONCE = 8  # transactions of one `commit` that run singly
 _FULL_ANSWER = 8 << 20  # half of what one answer can hold; no value has more than the sixteenth part
 _WINDOW = 8_000  # names that one answer can hold, however long they are
 _PURGE_STEP = 5_000
+_ABANDONED = 3.0  # seconds in which nothing was done in a transaction
+_OURS = DriverInfo("agent-persistence")  # tells the server whose connections these are
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "namespace": str,
     "durability": str,
@@ -103,6 +109,9 @@ class MongoDBDriver:
     `timeout` is how many seconds a call may take, `connect_timeout` how many a server may be sought,
     `pool_size` how many connections there may be. Further options go to pymongo as they are; options of the
     URL win over all of these.
+
+    Transactions that a process left open when it was killed are aborted after 3 seconds, those of a `client`
+    that was passed in only by MongoDB itself, after its ``transactionLifetimeLimitSeconds``, by default 60.
 
     `durability`: every write waits for the majority of the nodes with both, for reads see nothing else.
     "power" also asks that they have it in their journal. "process" leaves that to the replica set's
@@ -142,7 +151,9 @@ class MongoDBDriver:
         self._given = client
         self._client = client
         self._collection: AsyncCollection[_Document] | None = None
+        self._sweep: asyncio.Task[None] | None = None
         options: dict[str, Any] = {
+            "driver": _OURS,
             "serverSelectionTimeoutMS": int(connect_timeout * 1000),
             "connectTimeoutMS": int(connect_timeout * 1000),
             "maxPoolSize": pool_size,
@@ -182,6 +193,8 @@ class MongoDBDriver:
             raise
 
     async def close(self) -> None:
+        if self._sweep is not None:
+            await asyncio.wait([self._sweep])
         client, self._client, self._collection = self._client, self._given, None
         if client is not None and client is not self._given:
             await client.close()
@@ -229,7 +242,7 @@ class MongoDBDriver:
         for place, write in enumerate(writes):
             kinds.setdefault(self._way(write), []).append(place)
         outcomes: _Outcomes = [None] * len(writes)
-        with self._translated():
+        with self._translated(), self._unhindered():
             results = await _settled([way([writes[n] for n in places]) for way, places in kinds.items()])
         for places, result in zip(kinds.values(), results, strict=True):
             for place, outcome in zip(places, result or (), strict=result is not None):
@@ -408,13 +421,13 @@ class MongoDBDriver:
 
     async def _retried(self, write: Write) -> bool | None:
         """Commit one Write in a transaction; again while others were in its way, which changed nothing."""
-        for attempt in range(_TRIES):
+        for attempt in count():
             try:
                 return (await self._transaction([write], look=False))[0]
             except errors.PyMongoError as failure:
                 if _is_refusal(failure):
                     return False
-                if not _is_passing(failure) or attempt == _TRIES - 1:
+                if not _is_passing(failure):  # such as that the time is up
                     raise
             await asyncio.sleep(random.uniform(0, 0.005 * 2 ** min(attempt, 6)))
         return None
@@ -495,6 +508,46 @@ class MongoDBDriver:
 
     def _partition(self, partition: str) -> str:
         return f"{self._namespace}/{partition}"
+
+    @contextmanager
+    def _unhindered(self) -> Iterator[None]:
+        """From time to time while this takes long, end what may be in the way."""
+        loop = asyncio.get_running_loop()
+        patience = min(_ABANDONED, self._timeout / 2)
+
+        timer: asyncio.TimerHandle
+
+        def begin() -> None:
+            nonlocal timer
+            timer = loop.call_later(patience, sweep)
+
+        def sweep() -> None:
+            if self._sweep is None or self._sweep.done():
+                self._sweep = loop.create_task(self._end_abandoned())
+            begin()
+
+        begin()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    async def _end_abandoned(self) -> None:
+        """Abort our transactions in which nothing was done for long; who still wants one begins it anew."""
+        admin = self._entries.database.client.admin
+        idle = {
+            "clientMetadata.driver.name": {"$regex": f"\\|{_OURS.name}$"},
+            "transaction.timeInactiveMicros": {"$gt": _ABANDONED * 1_000_000},
+        }
+        try:
+            found = await admin.aggregate([{"$currentOp": {"idleSessions": True}}, {"$match": idle}])
+            sessions = [{"id": one["lsid"]["id"]} async for one in found]
+            if sessions:
+                await admin.command("killSessions", sessions)
+                _log.warning("mongodb: aborted %d transactions that were left open", len(sessions))
+        except errors.PyMongoError as error:  # the server will end them, later
+            level = logging.WARNING if isinstance(error, errors.OperationFailure) else logging.DEBUG
+            _log.log(level, "mongodb: cannot end transactions that were left open: %s", error)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -299,7 +299,13 @@ def test_a_bar_is_drawn_on_a_terminal_beside_clean_output(
 def test_an_interrupt_ends_it_cleanly_and_says_how_to_go_on(url: str, conversations: Conversations) -> None:
     command = (sys.executable, "-m", "persistence", "import", "-", "--to", url)
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as child:
+    # Whoever runs the tests in the background may have them ignore the signal, and so would the child.
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    finally:
+        signal.signal(signal.SIGINT, old)
+    with child:
         assert child.stdin
         assert child.stderr
         child.stdin.write(b"nonsense\n")

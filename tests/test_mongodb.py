@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import subprocess
+import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -16,6 +19,7 @@ from pymongo import AsyncMongoClient, MongoClient
 from pymongo.monitoring import CommandListener, CommandStartedEvent
 
 from persistence.driver import ABSENT, Check, Delete, Driver, Entry, Key, Put, Write
+from persistence.drivers import mongodb
 from persistence.drivers.mongodb import MongoDBDriver, from_url
 from persistence.errors import ConfigurationError, CorruptRecordError, UnavailableError
 
@@ -155,6 +159,59 @@ async def test_members_in_the_way_of_others_get_a_transaction_each(server: Serve
             assert await driver.get([Key("p2", "b"), *others]) == [None, *[Entry("b", b"", 2)] * 3]
             await session.abort_transaction()
         assert await commit == [True] * 4
+
+
+_KILLED = """
+import json, sys, time
+from pymongo import MongoClient
+from pymongo.driver_info import DriverInfo
+url, collection, library, ids = sys.argv[1:]
+client = MongoClient(url, driver=DriverInfo(library) if library else None)
+session = client.start_session()
+session.start_transaction()
+for id in json.loads(ids):
+    client.get_default_database()[collection].update_one(
+        {"_id": id, "p": id.partition("\\0")[0]}, {"$set": {"c": 1}}, upsert=True, session=session
+    )
+print("begun", flush=True)
+time.sleep(60)
+"""
+
+
+async def killed_in_a_transaction(driver: MongoDBDriver, library: str, *keys: Key) -> None:
+    """Leave a transaction open that has changed `keys`."""
+    ids = json.dumps([driver._id(*key) for key in keys])
+    command = (sys.executable, "-c", _KILLED, driver._url, driver._name, library, ids)
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"begun\n"
+    process.kill()
+    await process.wait()
+
+
+async def test_what_a_killed_process_left_open_is_ended(own_server: Servers) -> None:
+    machine = own_server("mongodb", password=SECRET)
+    with MongoClient[Any](machine.url) as client:
+        client.app.command("createUser", "app", pwd="app", roles=["readWrite"])
+    url = f"mongodb://app:app@127.0.0.1:{machine.port}/app?replicaSet=rs0"
+    async with opened(url) as driver:  # nobody special may do that
+        await driver.commit([create("p"), create("q")])
+        await killed_in_a_transaction(driver, "agent-persistence", Key("p", "a"), Key("q", "b"))
+        two_keys = driver.commit([Write("p", (Put("a", b"new", 1), Put("b", b"")), 2)])
+        one_key = driver.commit([create("q", "b")])
+        assert [*await asyncio.gather(two_keys, one_key)] == [[True], [True]]
+
+
+async def test_what_another_library_left_open_is_not_ended(
+    server: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mongodb, "_ABANDONED", 0.2)
+    async with opened(server("mongodb").url, timeout=2.0) as driver:
+        await driver.commit([create("p")])
+        await killed_in_a_transaction(driver, "", Key("p", "a"))
+        with pytest.raises(UnavailableError):
+            await driver.commit([Write("p", (Put("a", b"new", 1), Put("b", b"")), 2)])
+        await driver._entries.database.client.admin.command("killAllSessions", [])
 
 
 async def test_checks_keep_two_writers_from_passing_each_other(server: Servers) -> None:
