@@ -29,7 +29,7 @@ from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, MAX_GET_KEYS, Entry, Key
 from persistence.errors import CorruptRecordError
 from persistence.keys import after, encode_id, newest_first, number_key, prefix_end
-from persistence.pieces import Cut, Memo, Span, assemble, count, covered, runs, spans_of, subtract
+from persistence.pieces import Cut, Memo, Span, assemble, count, covered, digest, runs, spans_of, subtract
 from persistence.store import Body, Store
 
 __all__ = [
@@ -61,6 +61,7 @@ PAGE: Final = 1_000
 _END = "head!"  # after the head, which comes after the checkpoints: one scan reads both
 _READ_TRIES = 6
 _PIECES_PAGE = 4_000  # a page ends at 4 MiB anyway
+_FIRST_PAGE = 100  # the head and the pieces that come with it: all of a small thread
 _SEGMENTS_AT_ONCE = 8
 
 _WARM_THREADS = 2_000  # threads that are remembered,
@@ -143,13 +144,19 @@ class Warm:
         # For writers:
         self.head: HeadBody | None = None
         self.version = ABSENT
-        self.known: dict[bytes, int] = {}  # digest → number, of pieces that are there
+        self.known: dict[bytes, int] | None = {}  # digest → number, of pieces that are there; None: `texts`
         self.kept: list[Kept] | None = None  # all checkpoints, oldest first
         self.memo: Memo = {}
         # For readers: pieces of the latest state by number, for a number never means another piece.
         self.texts: dict[int, bytes] = {}
         self.g = ""  # of the head that the numbers are from
         self.weight = 0  # about the bytes of all this
+
+    def numbers(self) -> dict[bytes, int]:
+        """Return the digests of pieces that are there, with their numbers."""
+        if self.known is None:
+            self.known = {digest(text): number for number, text in self.texts.items()}
+        return self.known
 
     def belongs_to(self, head: HeadBody) -> None:
         """Forget all numbers if they are from another head, long gone."""
@@ -192,18 +199,56 @@ class ThreadReader:
         partition = self.partition(thread_id)
         attempt = 0
         while True:
-            found = await self._find(partition, checkpoint_id)
-            if found is None:
-                return None
-            body, warm = found
             try:
-                return body, await self._state(partition, body, warm, latest=checkpoint_id is None)
+                if checkpoint_id is None:
+                    return await self._read_latest(partition)
+                return await self._read_older(partition, checkpoint_id)
             except MissingPieceError:
                 # Removed while we read: look again. What stays missing is corrupt.
                 if attempt == _READ_TRIES:
                     raise
                 await backoff(attempt)
                 attempt += 1
+
+    async def _read_latest(self, partition: str) -> tuple[CheckpointBody, Any] | None:
+        warm = self._warm.get(partition)
+        entry, texts = await self.first_page(partition, at_hand=warm is not None and bool(warm.texts))
+        body = self.chosen(partition, [entry], None)
+        if body is None or entry is None:
+            return None
+        head = self.head(partition, entry)
+        warm = self._warm_of(partition)
+        warm.belongs_to(head)
+        state, texts = await self._state(partition, body, texts or warm.texts)
+        if body.z <= _WARM_STATE and warm.g == head.g:
+            warm.texts = texts
+            if not warm.lock.locked() and (warm.head is None or warm.version != entry.version):
+                # Who reads the latest is about to put the next: that is one round trip then.
+                warm.head, warm.version, warm.known, warm.kept = head, entry.version, None, None
+            self._weigh(partition, warm, body.z)
+        return body, state
+
+    async def _read_older(self, partition: str, checkpoint_id: str) -> tuple[CheckpointBody, Any] | None:
+        keys = [Key(partition, HEAD), Key(partition, checkpoint_key(checkpoint_id))]
+        entries = await self.store.coalescer.get(keys)
+        body = self.chosen(partition, entries, checkpoint_id)
+        if body is None or entries[0] is None:
+            return None
+        warm = self._warm_of(partition)
+        warm.belongs_to(self.head(partition, entries[0]))
+        state, _ = await self._state(partition, body, warm.texts)
+        return body, state
+
+    async def first_page(self, partition: str, *, at_hand: bool) -> tuple[Entry | None, dict[int, bytes]]:
+        """Return the head, and unless they are at hand the first pieces by number, in one round trip."""
+        if at_hand:
+            (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
+            return entry, {}
+        page = await self.store.coalescer.scan(partition, HEAD, prefix_end(PIECE), limit=_FIRST_PAGE)
+        if not page.entries or page.entries[0].key != HEAD:
+            return None, {}
+        pieces = [entry for entry in page.entries if entry.key.startswith(PIECE)]
+        return page.entries[0], {number_of(partition, entry.key): entry.value for entry in pieces}
 
     async def find(self, thread_id: str, checkpoint_id: str | None) -> CheckpointBody | None:
         """Return a checkpoint without its state; by default the latest."""
@@ -222,18 +267,6 @@ class ThreadReader:
             return None
         return head
 
-    async def _find(self, partition: str, checkpoint_id: str | None) -> tuple[CheckpointBody, Warm] | None:
-        keys = [Key(partition, HEAD)]
-        if checkpoint_id is not None:
-            keys.append(Key(partition, checkpoint_key(checkpoint_id)))
-        entries = await self.store.coalescer.get(keys)
-        body = self.chosen(partition, entries, checkpoint_id)
-        if body is None or entries[0] is None:
-            return None
-        warm = self._warm_of(partition)
-        warm.belongs_to(self.head(partition, entries[0]))
-        return body, warm
-
     def chosen(
         self, partition: str, entries: Sequence[Entry | None], checkpoint_id: str | None
     ) -> CheckpointBody | None:
@@ -249,26 +282,26 @@ class ThreadReader:
             return None
         return self.body(partition, entries[1])
 
-    async def _state(self, partition: str, body: CheckpointBody, warm: Warm, *, latest: bool) -> Any:
+    async def _state(
+        self, partition: str, body: CheckpointBody, texts: dict[int, bytes]
+    ) -> tuple[Any, dict[int, bytes]]:
+        """Return the state, and its pieces by number. Those in `texts` need not be read."""
         key = checkpoint_key(body.id)
         try:
             skeleton = msgspec.json.decode(body.s)
             spans = spans_of(skeleton)
             values: dict[int, Any] = {}
-            texts = warm.texts
             missing = spans
+            ready: dict[int, bytes] = {}
             if texts:
                 ready = {n: texts[n] for first, last in spans for n in range(first, last + 1) if n in texts}
                 self._decode(partition, body.id, ready, values)
                 missing = subtract(spans, runs(ready)) if len(ready) < count(spans) else []
-            remembered: dict[int, bytes] | None = None
-            if latest and missing and body.z <= _WARM_STATE:
-                remembered = ready if texts else {}
             async for entries in self.pages(partition, missing):
                 fetched = {number_of(partition, entry.key): entry.value for entry in entries}
                 self._decode(partition, body.id, fetched, values)
-                if remembered is not None:
-                    remembered.update(fetched)
+                if body.z <= _WARM_STATE:
+                    ready.update(fetched)
             state = assemble(skeleton, values)
         except KeyError as error:
             message = f"checkpoint {body.id} lacks piece {error}"
@@ -276,10 +309,7 @@ class ThreadReader:
         except (ValueError, TypeError, IndexError, AttributeError, msgspec.MsgspecError) as error:
             message = f"checkpoint {body.id} cannot be read: {error}"
             raise CorruptRecordError(message, partition=partition, key=key) from error
-        if remembered is not None:
-            warm.texts = remembered
-            self._weigh(partition, warm, body.z)
-        return state
+        return state, ready
 
     def _decode(
         self, partition: str, checkpoint_id: str, texts: dict[int, bytes], values: dict[int, Any]
@@ -498,7 +528,8 @@ class ThreadReader:
         if self._warm.get(partition) is not warm:
             return
         # Texts are held as such, and by the memo a second time in another form.
-        weight = 1000 + 200 * (len(warm.known) + len(warm.texts)) + size * (2 if warm.memo else 1)
+        pieces = len(warm.known or warm.texts) + len(warm.texts)
+        weight = 1000 + 200 * pieces + size * (2 if warm.memo else 1)
         self._warm_bytes += weight - warm.weight
         warm.weight = weight
         while len(self._warm) > _WARM_THREADS or (self._warm_bytes > _WARM_BYTES and len(self._warm) > 1):

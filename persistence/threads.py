@@ -88,7 +88,7 @@ class Threads(ThreadReader):
     """Reads and changes the threads of one kind."""
 
     async def put(self, thread_id: str, new: New) -> CheckpointBody:
-        """Store a checkpoint. One round trip for a writer that knows the thread, three for any other."""
+        """Store a checkpoint: one round trip after the last put or read of the latest, else two or three."""
         partition = self.partition(thread_id)
         warm = self._warm_of(partition)
         async with warm.lock:
@@ -109,16 +109,17 @@ class Threads(ThreadReader):
         looked = False
         hinted: set[Any] = set()  # what was put into listings ahead of the checkpoint
         while True:
-            found = warm.head
+            found, known = warm.head, warm.numbers()
             if found is None or (new.parent is not None and not looked and not _is_latest(found, new.parent)):
                 found = await self._look(partition, thread_id, warm, new)
-                looked = True
+                known, looked = warm.numbers(), True
             version = warm.version
             now = self.store.clock()
             head = found
             if not self.alive(head, now):
                 head = _restarted(head, now)
-                warm.known, warm.kept = {}, []
+                warm.known = known = {}
+                warm.kept = []
             doubt = _doubt(partition, head, new)
             if doubt is not None:
                 if looked:
@@ -129,9 +130,7 @@ class Threads(ThreadReader):
                 warm.kept = [self.kept_of(one, head.id) for one in await self.listed(partition, head)]
             if upload.version and upload.id not in head.p:
                 upload.forget()  # the thread was deleted meanwhile, or repair found the upload too old
-            plan = _planned(
-                new.cut, head, version, {**warm.known, **upload.known} if upload.version else warm.known
-            )
+            plan = _planned(new.cut, head, version, {**known, **upload.known} if upload.version else known)
             plan.ops.extend(Delete(PENDING + id) for id in found.p if id not in head.p)
             await self._announce(partition, thread_id, new, head, hinted)
             if plan.size > _WRITE_BYTES or len(plan.fresh) > _WRITE_PIECES:
@@ -223,10 +222,13 @@ class Threads(ThreadReader):
 
     async def _look(self, partition: str, thread_id: str, warm: Warm, new: New) -> HeadBody:
         """Read the head, and find out the numbers of the pieces of the state that the next one resembles."""
-        keys = [Key(partition, HEAD)]
-        if new.parent is not None:
-            keys.append(Key(partition, checkpoint_key(new.parent)))
-        entry, *parents = await self.store.coalescer.get(keys)
+        texts: dict[int, bytes] = {}
+        if new.parent is None:
+            entry, texts = await self.first_page(partition, at_hand=bool(warm.numbers()))
+            parents = []
+        else:
+            keys = [Key(partition, HEAD), Key(partition, checkpoint_key(new.parent))]
+            entry, *parents = await self.store.coalescer.get(keys)
         if entry is None:
             if new.parent is not None:
                 raise _no_checkpoint(new.parent, partition)
@@ -244,7 +246,8 @@ class Threads(ThreadReader):
             bodies.append(parent)
         spans = union(span for body in bodies for span in self.spans(partition, body))
         there = {number for first, last in spans for number in range(first, last + 1)}
-        known = {text: number for text, number in warm.known.items() if number in there}
+        known = {text: number for text, number in warm.numbers().items() if number in there}
+        known.update((digest(text), number) for number, text in texts.items() if number in there)
         missing = runs(there.difference(known.values()))
 
         async def learn() -> None:
