@@ -195,7 +195,7 @@ class Checkpoints(Repository):
     ) -> CheckpointMeta:
         """Store a state as the latest checkpoint of a thread; return what is known of it.
 
-        One round trip for whoever wrote the thread last, three for any other.
+        One round trip for whoever put or read the latest before, two or three for any other.
         The state may be any value that can be stored, up to 100 MB; it is
         taken as it is now, before anything is awaited.
 
