@@ -19,7 +19,7 @@ import msgspec
 
 from persistence import codec
 from persistence.calls import Repository, public
-from persistence.collection import Listing, Place
+from persistence.collection import Listing, Place, check_cursor
 from persistence.driver import Key
 from persistence.errors import CorruptRecordError, InvalidValueError, NotFoundError
 from persistence.keys import after as after_key
@@ -217,7 +217,7 @@ class Checkpoints(Repository):
             expected_latest=expected_latest,
             labels=_labels(labels),
             run=_text_or_none(run_id, "run_id"),
-            version=_version(snapshot) if version is None else version,
+            version=_version(snapshot) if version is None else _checked_version(version),
             cap=_cap(max_checkpoints_per_thread, "max_checkpoints_per_thread"),
             expires_at=_time(expires_at, "expires_at"),
         )
@@ -275,6 +275,7 @@ class Checkpoints(Repository):
             return Listing()
         match = None
         if metadata or label is not None or run_id is not None:
+            _metadata(metadata)
             wanted = dict(metadata or {})
 
             def match(body: CheckpointBody) -> bool:
@@ -332,9 +333,6 @@ class Checkpoints(Repository):
         if source is None:
             message = f"no checkpoint {checkpoint_id!r:.80}"
             raise NotFoundError(message, partition=self.threads.partition(thread_id))
-        if new_thread_id is not None:
-            await self.threads.copy(thread_id, new_thread_id, source.id)
-            thread_id = new_thread_id
         new = New(
             cut=cut(None),
             at=_time(now, "now"),
@@ -343,6 +341,9 @@ class Checkpoints(Repository):
             run=_text_or_none(run_id, "run_id"),
             cap=_cap(max_checkpoints_per_thread, "max_checkpoints_per_thread"),
         )
+        if new_thread_id is not None:
+            await self.threads.copy(thread_id, new_thread_id, source.id)
+            thread_id = new_thread_id
         return self._meta(thread_id, await self.threads.fork(thread_id, new, source.id))
 
     @public
@@ -406,6 +407,7 @@ class Checkpoints(Repository):
     ) -> Listing[ThreadMeta]:
         """Return the threads, those begun last first."""
         _check_limit(limit)
+        check_cursor(cursor)
         if limit is not None and limit < 1:
             return Listing(cursor=cursor)
         heads, more = await self.threads.threads(limit=limit, cursor=cursor)
@@ -463,29 +465,9 @@ class Checkpoints(Repository):
         (in milliseconds if a number) or an age; labelled `label`; of the run
         `run_id`. Interrupted, it has removed some, each whole; call it again.
         """
-        if keep_last is None and older_than is None and label is None and run_id is None:
-            message = "prune: say what is to go, by keep_last=, older_than=, label= or run_id="
-            raise InvalidValueError(message)
-        keep = _cap(keep_last, "keep_last")
-        limit_at = self._before(older_than)
-
-        def choose(found: builtins.list[Found]) -> builtins.list[str]:
-            candidates = found if keep is None else found[: max(0, len(found) - keep)]
-            return [
-                one.id
-                for one in candidates
-                if one.body is not None
-                and (limit_at is None or one.body.at < limit_at)
-                and self._matches(one.body, {}, label, run_id)
-            ]
-
-        threads = checkpoints = pieces = 0
-        async for id in self._thread_ids(thread_id):
-            removed, dropped = await self.threads.remove(id, choose, dry_run=dry_run)
-            threads += removed > 0
-            checkpoints += removed
-            pieces += dropped
-        return Pruned(threads=threads, checkpoints=checkpoints, pieces=pieces)
+        return await self._prune(
+            self.threads, thread_id, keep_last, older_than, label, run_id, dry_run=dry_run
+        )
 
     # ---- named checkpoints of agents
 
@@ -494,6 +476,7 @@ class Checkpoints(Repository):
         self,
         checkpoint: Mapping[str, Any] | StoredAgentCheckpoint,
         *,
+        expected_latest: str | Literal[0] | None = None,
         max_checkpoints_per_agent: int | None = None,
         timeout: float | None = None,
     ) -> str:
@@ -501,10 +484,12 @@ class Checkpoints(Repository):
 
         Its fields are `agent_id`, `session_id`, `agent_type`, `name`, `state`
         and `created_at` (now, if it has none); any other comes back in `extra`.
+        `expected_latest`: `ConflictError` if the agent's latest has another id (0: if it has any).
         """
         fields = _fields(checkpoint, ("agent_id", "session_id", "agent_type", "name"))
         agent_id = fields.pop("agent_id")
-        body = await self._store_named(self.agents, agent_id, checkpoint, fields, max_checkpoints_per_agent)
+        cap = max_checkpoints_per_agent
+        body = await self._store_named(self.agents, agent_id, checkpoint, fields, expected_latest, cap)
         return f"{body.id}:{agent_id}"
 
     @public
@@ -571,6 +556,19 @@ class Checkpoints(Repository):
         """Delete all checkpoints of an agent; return how many."""
         return await self.agents.delete(agent_id)
 
+    @public
+    async def prune_checkpoints(
+        self,
+        agent_id: str | None = None,
+        *,
+        keep_last: int | None = None,
+        older_than: int | datetime | timedelta | None = None,
+        dry_run: bool = False,
+        timeout: float | None = None,
+    ) -> Pruned:
+        """Do what `prune` does, for the checkpoints of one agent, or of all agents."""
+        return await self._prune(self.agents, agent_id, keep_last, older_than, dry_run=dry_run)
+
     # ---- checkpoints of applications
 
     @public
@@ -578,6 +576,7 @@ class Checkpoints(Repository):
         self,
         checkpoint: Mapping[str, Any] | StoredAppCheckpoint,
         *,
+        expected_latest: str | Literal[0] | None = None,
         max_checkpoints_per_session: int | None = None,
         timeout: float | None = None,
     ) -> str:
@@ -585,10 +584,12 @@ class Checkpoints(Repository):
 
         Its fields are `session_id`, `hostname`, `working_directory`, `state`
         and `created_at` (now, if it has none); any other comes back in `extra`.
+        `expected_latest`: `ConflictError` if the session's latest has another id (0: if it has any).
         """
         fields = _fields(checkpoint, ("session_id", "hostname", "working_directory"))
         session_id = fields.pop("session_id")
-        body = await self._store_named(self.apps, session_id, checkpoint, fields, max_checkpoints_per_session)
+        cap = max_checkpoints_per_session
+        body = await self._store_named(self.apps, session_id, checkpoint, fields, expected_latest, cap)
         return f"{body.id}:{session_id}"
 
     @public
@@ -647,14 +648,79 @@ class Checkpoints(Repository):
         """Delete a checkpoint of an application; tell whether there was one."""
         return await self._delete_named(self.apps, id)
 
+    @public
+    async def delete_session_checkpoints(self, session_id: str, *, timeout: float | None = None) -> int:
+        """Delete all checkpoints that applications stored for a session; return how many."""
+        return await self.apps.delete(session_id)
+
+    @public
+    async def prune_app_checkpoints(
+        self,
+        session_id: str | None = None,
+        *,
+        keep_last: int | None = None,
+        older_than: int | datetime | timedelta | None = None,
+        dry_run: bool = False,
+        timeout: float | None = None,
+    ) -> Pruned:
+        """Do what `prune` does, for the checkpoints that applications stored for one session, or for all."""
+        return await self._prune(self.apps, session_id, keep_last, older_than, dry_run=dry_run)
+
     # ---- behind the calls
 
+    async def _prune(
+        self,
+        threads: Threads,
+        thread_id: str | None,
+        keep_last: int | None,
+        older_than: int | datetime | timedelta | None,
+        label: str | None = None,
+        run_id: str | None = None,
+        *,
+        dry_run: bool,
+    ) -> Pruned:
+        if keep_last is None and older_than is None and label is None and run_id is None:
+            message = "prune: say what is to go, by keep_last=, older_than=, label= or run_id="
+            raise InvalidValueError(message)
+        keep = _cap(keep_last, "keep_last")
+        limit_at = self._before(older_than)
+
+        def choose(found: builtins.list[Found]) -> builtins.list[str]:
+            candidates = found if keep is None else found[: max(0, len(found) - keep)]
+            return [
+                one.id
+                for one in candidates
+                if one.body is not None
+                and (limit_at is None or one.body.at < limit_at)
+                and self._matches(one.body, {}, label, run_id)
+            ]
+
+        pruned = checkpoints = pieces = 0
+        async for id in self._thread_ids(threads, thread_id):
+            removed, dropped = await threads.remove(id, choose, dry_run=dry_run)
+            pruned += removed > 0
+            checkpoints += removed
+            pieces += dropped
+        return Pruned(threads=pruned, checkpoints=checkpoints, pieces=pieces)
+
     async def _store_named(
-        self, threads: Threads, thread_id: str, checkpoint: Any, fields: dict[str, str], cap: int | None
+        self,
+        threads: Threads,
+        thread_id: str,
+        checkpoint: Any,
+        fields: dict[str, str],
+        expected_latest: str | Literal[0] | None,
+        cap: int | None,
     ) -> CheckpointBody:
         given = _mapping(checkpoint)
+        if isinstance(expected_latest, str):
+            own, of = _named_id(expected_latest) or ("", "")
+            expected_latest = own if of == thread_id else ""  # of another: never the latest of this one
         known = {"id", "agent_id", "session_id", "state", "created_at", "extra", *fields}
-        extra = {**given.get("extra", {}), **{k: v for k, v in given.items() if k not in known}}
+        if not isinstance(given.get("extra") or {}, Mapping):
+            message = "the checkpoint's extra must be a mapping"
+            raise InvalidValueError(message)
+        extra = {**(given.get("extra") or {}), **{k: v for k, v in given.items() if k not in known}}
         if "state" not in given:
             message = "the checkpoint has no state"
             raise InvalidValueError(message)
@@ -662,6 +728,7 @@ class Checkpoints(Repository):
             cut=cut(given["state"], threads.memo(thread_id)),
             at=_time(given.get("created_at"), "created_at"),
             metadata=_metadata(extra),
+            expected_latest=expected_latest,
             fields=fields,
             cap=_cap(cap, "the greatest number of checkpoints"),
         )
@@ -719,6 +786,10 @@ class Checkpoints(Repository):
         if order_by not in ("created_at", "id") or order_dir not in ("ASC", "DESC"):
             message = f"order_by={order_by!r}, order_dir={order_dir!r}: use created_at or id, ASC or DESC"
             raise InvalidValueError(message)
+        if order_by == "id" and cursor is not None:
+            encode_id(cursor, "cursor")
+        else:
+            check_cursor(cursor)
         found: Listing[tuple[str, CheckpointBody]] = Listing(cursor=cursor)
         if limit is not None and limit < 1:
             return found
@@ -808,13 +879,13 @@ class Checkpoints(Repository):
             "extra": extra,
         }
 
-    async def _thread_ids(self, thread_id: str | None) -> AsyncIterator[str]:
+    async def _thread_ids(self, threads: Threads, thread_id: str | None) -> AsyncIterator[str]:
         if thread_id is not None:
             yield thread_id
             return
         cursor = None
         while True:
-            heads, cursor = await self.threads.threads(limit=_PAGE, cursor=cursor)
+            heads, cursor = await threads.threads(limit=_PAGE, cursor=cursor)
             for head in heads:
                 yield head.id
             if cursor is None:
@@ -952,7 +1023,7 @@ def _text_or_none(value: str | None, what: str) -> str | None:
 
 
 def _labels(labels: Iterable[str]) -> builtins.list[str]:
-    if isinstance(labels, str):
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
         message = f"labels={labels!r:.80}: use a list of texts"
         raise InvalidValueError(message)
     found = list(dict.fromkeys(labels))
@@ -979,6 +1050,16 @@ def _version(snapshot: Any) -> int | str | None:
     if type(found) is int and -_INT64 <= found < _INT64:
         return found
     return found if type(found) is str and len(found) <= 200 and found.isprintable() else None
+
+
+def _checked_version(version: Any) -> int | str:
+    if isinstance(version, str):
+        encode_id(version, "version")
+        return version
+    if isinstance(version, int) and not isinstance(version, bool):
+        return version
+    message = f"version={version!r:.80}: use a whole number or a text"
+    raise InvalidValueError(message)
 
 
 def _mapping(checkpoint: Any) -> dict[str, Any]:

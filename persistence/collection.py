@@ -32,7 +32,17 @@ from persistence.keys import after, encode_id, newest_first, prefix_end
 from persistence.records import Record
 from persistence.store import FORMAT, Body, Chunks, MissingChunkError, Store, pack
 
-__all__ = ["RECORD", "Collection", "HintBody", "Kind", "Listing", "Loaded", "Place", "RecordBody"]
+__all__ = [
+    "RECORD",
+    "Collection",
+    "HintBody",
+    "Kind",
+    "Listing",
+    "Loaded",
+    "Place",
+    "RecordBody",
+    "check_cursor",
+]
 
 RECORD = "record"
 
@@ -50,6 +60,13 @@ class Listing(list[T]):
     def __init__(self, items: Iterable[T] = (), *, cursor: str | None = None) -> None:
         super().__init__(items)
         self.cursor = cursor
+
+
+def check_cursor(cursor: str | None) -> None:
+    """Raise `InvalidKeyError` for what no page of a listing has given."""
+    if cursor is not None and (not isinstance(cursor, str) or not _CURSOR.fullmatch(cursor)):
+        message = f"cursor={cursor!r:.80}: use the cursor of an earlier page"
+        raise InvalidKeyError(message)
 
 
 class RecordBody(Body):
@@ -296,9 +313,7 @@ class Collection(Generic[R]):
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
             message = f"limit={limit!r}: use a whole number from 0 on, or None for all"
             raise InvalidValueError(message)
-        if cursor is not None and (not isinstance(cursor, str) or not _CURSOR.fullmatch(cursor)):
-            message = f"cursor={cursor!r:.80}: use the cursor of an earlier page"
-            raise InvalidKeyError(message)
+        check_cursor(cursor)
         start = place.prefix if cursor is None else after(place.prefix + cursor)
         end = prefix_end(place.prefix) if place.prefix else None
         found: Listing[R] = Listing(cursor=cursor)

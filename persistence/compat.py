@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from math import isinf
+from math import isfinite, isinf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self
@@ -213,7 +213,11 @@ class AgentCheckpointStorage:
 
     async def store_app_checkpoint(self, data: Mapping[str, Any]) -> str:
         """Store a checkpoint of an application; return its new id."""
-        return await self._checkpoints.store_app_checkpoint(_snake(data))
+        given = _snake(data)
+        for later in ("project_directory", "workspace_directory"):
+            if later in given and "working_directory" not in given:
+                given["working_directory"] = given.pop(later)
+        return await self._checkpoints.store_app_checkpoint(given)
 
     async def retrieve_app_checkpoint(self, id: str) -> StoredAppCheckpoint | None:
         """Return a checkpoint of an application, None if there is none."""
@@ -311,7 +315,7 @@ class Checkpointer:
         """Return what is known of the checkpoints, newest first; ``{"limit": …}`` at most so many."""
         limit = (options or {}).get("limit")
         if isinstance(limit, float):
-            limit = None if not limit < float("inf") else int(limit // 1)
+            limit = int(limit // 1) if isfinite(limit) else 0 if limit < 0 else None
         return await self._checkpoints.list(thread_id, limit=limit)
 
     async def delete(self, thread_id: str, checkpoint_id: str | None = None) -> None:

@@ -7,12 +7,12 @@ expires says so itself, and removed once they are due, whatever became of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 
 from persistence.collection import HintBody
-from persistence.driver import Delete, Put
+from persistence.driver import Delete, Entry, Put
 from persistence.keys import after
 from persistence.store import Store, pack
 
@@ -42,8 +42,7 @@ class Deadlines:
     async def sweep(self, kind: str, expire: Callable[[str], Awaitable[object]]) -> None:
         """Call `expire` for each partition of a kind whose time may have come: it looks for itself."""
         coalescer, now = self._store.coalescer, self._store.clock()
-        hours = await coalescer.scan(_DEADLINES, "", f"{hour(now) + 1:012d}", limit=_PAGE)
-        for found in hours.entries:
+        async for found in self._hours(f"{hour(now) + 1:012d}"):
             name = f"{_DEADLINES}/{int(found.key)}"
             start, more = "", True
             while more:
@@ -60,6 +59,16 @@ class Deadlines:
             if not rest.entries and int(found.key) < hour(now):
                 # Refused: a deadline of this hour has come in meanwhile.
                 await coalescer.write(_DEADLINES, [Delete(found.key, found.version)], hint=True)
+
+    async def _hours(self, end: str) -> AsyncIterator[Entry]:
+        start, more = "", True
+        while more:
+            page = await self._store.coalescer.scan(_DEADLINES, start, end, limit=_PAGE)
+            for entry in page.entries:
+                yield entry
+            more = page.more
+            if more:
+                start = after(page.entries[-1].key)
 
 
 def hour(at: int) -> int:

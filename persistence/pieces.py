@@ -72,18 +72,20 @@ class _Grain(NamedTuple):
 
     state: int  # bytes of JSON up to which this holds
     group: int  # a piece is full at about this many
-    leaf: int  # an item or member of more is cut itself
+    leaf: int  # a member of more is cut itself
+    item: int  # an item of a list of more: it seldom changes, and each that is cut takes room in the skeleton
     slice: int  # characters of a text, bytes of bytes
 
 
 _GRAINS: Final = (
-    _Grain(4 << 20, 256, 8 << 10, 4 << 10),
-    _Grain(MAX_BYTES, 16 << 10, 128 << 10, 128 << 10),
+    _Grain(4 << 20, 256, 8 << 10, 32 << 10, 4 << 10),
+    _Grain(MAX_BYTES, 16 << 10, 128 << 10, 128 << 10, 128 << 10),
 )
 
 _INLINE = 512  # of what is too little for a piece, this much stays in the skeleton
 _UPPER_LEVELS = 4  # dicts within dicts, this deep, are cut however small: they hold the lists that grow
 _UPPER_MEMBERS = 32  # unless they have many members, as records do that are kept by id
+_LONG_KEY = 128  # characters: longer ones are stored in pieces, not in the skeleton
 _INT64 = 1 << 63
 _MANY = 64  # numbers that are not looked at one by one
 _NUMBER = 10  # about the bytes of one
@@ -205,6 +207,7 @@ class _Cutter:
 
     def __init__(self, grain: _Grain, memo: Memo) -> None:
         self.grain = grain
+        self.leaf = grain.leaf
         self.memo = memo
         self.learnt: Memo = {}
         self.texts: list[bytes] = []
@@ -217,7 +220,7 @@ class _Cutter:
         found = self._visit(state, self.grain.group, _UPPER_LEVELS)
         if not isinstance(found, Node):
             text, tagged = self._encoded(state, self.exotic)
-            if len(text) > self.grain.leaf:  # a single Decimal, say, of very many digits
+            if len(text) > self.leaf:  # a single Decimal, say, of very many digits
                 return _uncut(state)
             root = Node("V" if tagged else "v")
             root.parts.append(Raw(text))
@@ -229,7 +232,7 @@ class _Cutter:
     def _visit(self, value: Any, limit: int, levels: int) -> int | Node:
         kind = type(value)
         if kind is str:
-            return len(value) + 2 if len(value) <= self.grain.leaf else self._sliced("x", value)
+            return len(value) + 2 if len(value) <= self.leaf else self._sliced("x", value)
         if kind is dict:
             return self._members(value, limit, levels)
         if kind is list:
@@ -256,9 +259,11 @@ class _Cutter:
         # Subclasses too: the codec gives them back as the type itself.
         match value:
             case str():
-                return len(value) + 2 if len(value) <= self.grain.leaf else self._sliced("x", str(value))
+                if len(value) <= self.leaf:
+                    return len(value) + 2
+                return self._sliced("x", str.__str__(value))  # a subclass may show itself otherwise
             case bytes():
-                return len(value) * 4 // 3 if len(value) <= self.grain.leaf else self._sliced("b", value)
+                return len(value) * 4 // 3 if len(value) <= self.leaf else self._sliced("b", value)
             case dict():
                 return self._members(value, limit, levels)
             case list():
@@ -270,14 +275,14 @@ class _Cutter:
         return 64
 
     def _members(self, value: dict[Any, Any], limit: int, levels: int) -> int | Node:
-        leaf = self.grain.leaf
+        leaf = self.leaf
         exotic = self.exotic
         if value:
             if not set(map(type, value)) <= {str}:
                 if not all(isinstance(key, str) for key in value):
                     return self._pairs(value, limit)
                 exotic = True
-            if max(map(len, value)) > leaf:
+            if max(map(len, value)) > _LONG_KEY:
                 return self._pairs(value, limit)
         below = 2 * self.grain.group if levels > 0 and len(value) <= _UPPER_MEMBERS else leaf
         total = 2
@@ -312,13 +317,13 @@ class _Cutter:
     def _items(self, kind: str, value: Any, items: list[Any], limit: int) -> int | Node:
         if len(items) > _MANY and _numbers(items):
             return self._cut_numbers(kind, items, limit)
-        leaf = self.grain.leaf
+        outside, self.leaf = self.leaf, self.grain.item
         exotic = self.exotic
         total = 2
         sizes: list[int | Node] = []
         exotics = bytearray()
         cut = False
-        copies = self._copies(items) if limit < leaf and len(items) <= _MEMO_ITEMS else None
+        copies = self._copies(items) if limit < self.grain.leaf and len(items) <= _MEMO_ITEMS else None
         known = None if copies is None else list(map(self.memo.get, copies))
         for item, old in zip(items, known or repeat(None), strict=False):
             if old is not None:
@@ -327,13 +332,14 @@ class _Cutter:
                 total += old.size + 1
                 continue
             self.exotic = False
-            size = self._visit(item, leaf, 0)
+            size = self._visit(item, self.leaf, 0)
             sizes.append(size)
             exotics.append(self.exotic)
             if type(size) is int:
                 total += size + 1
             else:
                 cut = True
+        self.leaf = outside
         if not cut and total <= limit:
             self.exotic = exotic or 1 in exotics
             return total
@@ -423,8 +429,9 @@ class _Cutter:
                     self._store(node, batch, weight, exotic)
                     batch, weight, exotic = {}, 0, False
                 # Encoded for the sake of the check: half a surrogate pair.
-                self._add(len(self._encoded(str(key), exotic_item)[0]) + 2)
-                node.parts.append((str(key), size))
+                text = str.__str__(key)  # a subclass may show itself otherwise
+                self._add(len(self._encoded(text, exotic_item)[0]) + 2)
+                node.parts.append((text, size))
                 continue
             batch[key] = item
             weight += size + len(key) + 4

@@ -15,6 +15,7 @@ All in one partition. `persistence.threads` writes it.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -60,9 +61,11 @@ PAGE: Final = 1_000
 
 _END = "head!"  # after the head, which comes after the checkpoints: one scan reads both
 _READ_TRIES = 6
+_LAST_FIRST = str.maketrans("0123456789abcdef", "fedcba9876543210")  # of ids with the same time
 _PIECES_PAGE = 4_000  # a page ends at 4 MiB anyway
 _FIRST_PAGE = 100  # the head and the pieces that come with it: all of a small thread
 _SEGMENTS_AT_ONCE = 8
+_log = logging.getLogger("persistence")
 
 _WARM_THREADS = 2_000  # threads that are remembered,
 _WARM_BYTES = 64 << 20  # and how much of them all
@@ -451,7 +454,11 @@ class ThreadReader:
             for index, (hint, id, entry) in enumerate(zip(page.entries, ids, heads, strict=True)):
                 if entry is None:
                     continue
-                head = self.head(self.partition(id), entry)
+                try:
+                    head = self.head(self.partition(id), entry)
+                except CorruptRecordError as error:
+                    _log.warning("a thread is left out of the listing: %s", error)
+                    continue  # repair names it too, and so does whoever asks for it
                 if head.l is None or not self.alive(head, self.store.clock()):
                     continue
                 if hint.key != self.thread_hint(head):
@@ -469,7 +476,7 @@ class ThreadReader:
         """Return the keys under which a checkpoint is listed."""
         if self.places is None:
             return {}
-        tail = f"{newest_first(body.at)}/{body.id}"
+        tail = f"{newest_first(body.at)}/{body.id.translate(_LAST_FIRST)}"
         return {Key(place.partition, place.prefix + tail): place for place in self.places(body, thread_id)}
 
     def thread_hint(self, head: HeadBody) -> str:

@@ -97,7 +97,7 @@ class Threads(ThreadReader):
                 return await self._put(partition, thread_id, new, warm, upload)
             except BaseException:
                 warm.head = None  # the Write may have been applied
-                if upload.version:
+                if upload.id:
                     self.store.coalescer.start(self._give_up(partition, upload.id))
                 raise
 
@@ -159,13 +159,13 @@ class Threads(ThreadReader):
     async def _upload(self, partition: str, warm: Warm, plan: _Plan, cut: Cut, upload: _Uploading) -> bool:
         """Write the new pieces ahead of their checkpoint, in numbers reserved for them. False: refused."""
         upload.id = upload.id or self.store.ids()
-        reserved = upload.begin(plan, self.store.clock())
+        reserved, spans = upload.begin(plan, self.store.clock())
         mark = Put(PENDING + upload.id, pack(Body()), upload.version)
         ops = [Put(HEAD, pack(reserved), plan.version), mark, *plan.ops]
         version = await self.store.coalescer.write(partition, ops)
         if not version:
             return False
-        warm.head, warm.version, upload.version = reserved, version, version
+        warm.head, warm.version, upload.version, upload.spans = reserved, version, version, spans
         check = Check(PENDING + upload.id, version)
         puts = (Put(piece_key(plan.placed[index]), cut.texts[index]) for index in plan.fresh)
         if not await self._put_in_batches(partition, check, puts):
@@ -202,6 +202,7 @@ class Threads(ThreadReader):
         ops = [Put(HEAD, pack(change.head), plan.version), *change.ops, *pieces, *plan.ops]
         version = await self.store.coalescer.write(partition, ops)
         if not version:
+            await self._remove_hints(self.hints(body, thread_id))
             return None
         upload.forget()
         warm.head, warm.version, warm.kept, warm.g = change.head, version, change.kept, head.g
@@ -339,7 +340,8 @@ class Threads(ThreadReader):
                 return None
             dead = union([*head.dr, *head.p[upload_id].spans])
             rest = {id: upload for id, upload in head.p.items() if id != upload_id}
-            return replace(head, p=rest, dr=dead), [Delete(PENDING + upload_id)]
+            # Of a copy there may be checkpoints, too.
+            return replace(head, p=rest, dr=dead, sw=head.sw or bool(head.fl)), [Delete(PENDING + upload_id)]
 
         if await self._edit(partition, end):
             await self.clean(partition)
@@ -426,7 +428,9 @@ class Threads(ThreadReader):
                 if dry_run:
                     return len(victims), count(gone)
                 latest = next((one.body for one in reversed(kept) if one.body is not None), None)
-                left = replace(head, k=len(kept), l=latest if kept else None, up=self.store.clock())
+                if head.l is not None and kept and kept[-1].id == head.l.id:
+                    latest = head.l  # whole, whatever became of its own entry
+                left = replace(head, k=len(kept), l=latest, up=self.store.clock())
                 ops: list[Op] = [Delete(checkpoint_key(one.id)) for one in victims]
                 if count(gone) <= _REMOVED_AT_ONCE:
                     ops += [Delete(piece_key(n)) for first, last in gone for n in range(first, last + 1)]
@@ -598,50 +602,52 @@ class Threads(ThreadReader):
             if head is None or not self.alive(head, self.store.clock()):
                 message = f"no thread {source_thread!r}"
                 raise NotFoundError(message, partition=source)
-            found = await self.listed(source, head)
+            # Later ones have numbers that this head has not given out.
+            found = [one for one in await self.listed(source, head) if one.id <= head.i]
             if checkpoint_id is not None:
                 found = [one for one in found if one.id == checkpoint_id]
                 if not found:
                     raise _no_checkpoint(checkpoint_id, source)
+            if not found:  # all were removed since the head was read
+                await backoff(attempt)
+                continue
             bodies = []
             for one in found:
                 if one.body is None:
                     message = f"checkpoint {one.id} cannot be copied: {one.error}"
                     raise CorruptRecordError(message, partition=source, key=checkpoint_key(one.id))
                 bodies.append(one.body)
-            if await self._copy(source, head, bodies, thread_id, target):
-                return len(bodies)
-            await backoff(attempt)
+            return await self._copy(source, head, bodies, thread_id, target)
         message = "the thread was changed again and again while it was copied"
         raise ConflictError(message, partition=source)
 
     async def _copy(
         self, source: str, head: HeadBody, bodies: list[CheckpointBody], thread_id: str, target: str
-    ) -> bool:
-        """Copy the checkpoints. False: some were removed from the source meanwhile."""
+    ) -> int:
+        """Copy the checkpoints, but those that are removed from the source meanwhile; return how many."""
         upload_id = self.store.ids()
         spans = union(span for body in bodies for span in self.spans(source, body))
         now = self.store.clock()
         (old,) = await self.store.coalescer.get([Key(target, HEAD)])
-        empty = HeadBody(id=thread_id, g=upload_id, at=now)
         if old is not None:
-            empty = self.head(target, old)
-            if self.alive(empty, now):
+            was = self.head(target, old)
+            if self.alive(was, now):
                 message = f"there is a thread {thread_id!r} already"
                 raise ConflictError(message, partition=target)
-            if empty.n or empty.blocks:  # its numbers are used up
+            # Its numbers may still be known to readers, unless nothing ever came of it.
+            if was.o or was.dr or was.sw:
                 message = f"the thread id {thread_id!r} was used before"
                 raise ConflictError(message, partition=target)
         # The copy keeps the numbers of its source, so that skeletons need not change.
-        begun = replace(
-            empty,
+        begun = HeadBody(
+            id=thread_id,
+            g=upload_id,
             at=now,
             n=head.n,
             blocks=head.blocks,
             open=head.open,
             i=head.i,
-            fl=head.i,
-            sw=True,
+            fl=head.i,  # not `sw`: nobody may purge what is about to be put
             p={upload_id: Upload(now, spans)},
         )
         mark = Put(PENDING + upload_id, pack(Body()), ABSENT)
@@ -653,16 +659,26 @@ class Threads(ThreadReader):
         check = Check(PENDING + upload_id, version)
         changed = f"somebody else has changed the thread {thread_id!r}"
         try:
-            copied = 0
+            copied: set[int] = set()
             async for entries in self.pages(source, spans):
-                copied += len(entries)
+                copied.update(number_of(source, entry.key) for entry in entries)
                 if not await self._put_in_batches(target, check, (Put(e.key, e.value) for e in entries)):
                     raise ConflictError(changed, partition=target)
-            if copied != count(spans):
-                await self.abandon(target, upload_id)
-                return False
+            if len(copied) != count(spans):
+                (entry,) = await self.store.coalescer.get([Key(source, HEAD)])
+                now_head = None if entry is None else self.head(source, entry)
+                left = set() if now_head is None else {one.id for one in await self.listed(source, now_head)}
+                bodies = [body for body in bodies if body.id in left]
+                if not bodies:
+                    message = "the checkpoints were removed while they were copied"
+                    raise ConflictError(message, partition=source)
             puts = (Put(checkpoint_key(body.id), pack(body)) for body in bodies)
-            done = replace(begun, k=len(bodies), o=head.o, l=bodies[-1], fl="", sw=False, p={}, up=now)
+            needed = union(span for body in bodies for span in self.spans(source, body))
+            if subtract(needed, runs(copied)):
+                message = "pieces of a checkpoint are missing"
+                raise CorruptRecordError(message, partition=source)
+            spare = subtract(spans, needed)
+            done = replace(begun, k=len(bodies), o=head.o, l=bodies[-1], fl="", dr=spare, p={}, up=now)
             await self.put_thread_hint(thread_id, done)
             ops: list[Op] = [Put(HEAD, pack(done), version), Delete(PENDING + upload_id, version)]
             if not (
@@ -676,7 +692,9 @@ class Threads(ThreadReader):
         except BaseException:
             self.store.coalescer.start(self._give_up(target, upload_id))
             raise
-        return True
+        if spare:
+            await self.clean(target)
+        return len(bodies)
 
     async def _put_in_batches(self, partition: str, check: Check, puts: Iterable[Put]) -> bool:
         """Write `puts`, each Write under `check`. False: it does not hold any more."""
@@ -728,6 +746,10 @@ class Threads(ThreadReader):
         async def expire(partition: str) -> None:
             nonlocal removed
             removed += await self.delete_expired(partition)
+            (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
+            head = None if entry is None else self.head(partition, entry)
+            if head is not None and head.e is not None:  # not yet: a put has renewed it, within the hour
+                await self.deadlines.put(partition, head.e)
 
         await self.deadlines.sweep(self.kind, expire)
         return removed
@@ -764,17 +786,19 @@ class _Uploading:
         self.known: dict[bytes, int] = {}  # its pieces: digest → number
         self.bytes = 0
 
-    def begin(self, plan: _Plan, now: int) -> HeadBody:
-        """Return the head that reserves the numbers of the new pieces."""
+    def begin(self, plan: _Plan, now: int) -> tuple[HeadBody, list[Span]]:
+        """Return the head that reserves numbers for the new pieces, and all numbers of the upload."""
         head, numbers = plan.head, plan.numbers
-        spans = runs(plan.placed[index] for index in plan.fresh)
-        self.spans = union([*self.spans, *spans])
-        pending = {**head.p, self.id: Upload(now, self.spans)}
-        return replace(head, n=numbers.n, blocks=numbers.blocks, open=list(numbers.open.items()), p=pending)
+        spans = union([*self.spans, *runs(plan.placed[index] for index in plan.fresh)])
+        pending = {**head.p, self.id: Upload(now, spans)}
+        reserved = replace(
+            head, n=numbers.n, blocks=numbers.blocks, open=list(numbers.open.items()), p=pending
+        )
+        return reserved, spans
 
     def forget(self) -> None:
         """It has ended, or was ended."""
-        self.version, self.spans, self.known, self.bytes = ABSENT, [], {}, 0
+        self.id, self.version, self.spans, self.known, self.bytes = "", ABSENT, [], {}, 0
 
 
 def _planned(cut: Cut, head: HeadBody, version: int, known: dict[bytes, int]) -> _Plan:

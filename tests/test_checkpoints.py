@@ -712,7 +712,7 @@ async def test_named_checkpoints_are_listed_filtered_and_paged(p: Persistence) -
         )
         for i in range(12)
     ]
-    newest = sorted(range(12), key=lambda i: (-(i // 2), stored[i]))
+    newest = sorted(range(12), key=lambda i: (i // 2, stored[i]), reverse=True)
 
     async def found(**filters: Any) -> list[int]:
         return [int(item.name[1:]) for item in await p.checkpoints.list_checkpoints(**filters)]

@@ -1,0 +1,334 @@
+"""Checkpoints where others interfere at the worst moment, and at the edges of what they promise."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from enum import Enum
+from typing import Any
+
+import pytest
+from faulty_driver import RecordingDriver
+
+from persistence import (
+    ConflictError,
+    InvalidKeyError,
+    InvalidValueError,
+    NotFoundError,
+    Persistence,
+    SessionRecord,
+    create_persistence,
+)
+from persistence.driver import Page, Put, Write
+from persistence.drivers.memory import MemoryDriver
+from persistence.testing import MakeDriver
+
+STORED = pytest.mark.parametrize("make_driver", ["memory", "sqlite"], indirect=True)
+
+
+def state(n: int, of: str = "") -> dict[str, Any]:
+    return {"messages": [{"i": i, "text": f"{of}{i} " * 100} for i in range(n)]}
+
+
+async def keys(p: Persistence, partition: str) -> list[str]:
+    return [e.key for e in (await p._store.coalescer.scan(partition, "", None, limit=4000)).entries]
+
+
+class Hooked(MemoryDriver):
+    """Calls what is in `hooks`, once, before the call that it is named after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooks: dict[str, Any] = {}
+
+    async def _at(self, name: str) -> None:
+        hook = self.hooks.pop(name, None)
+        if hook is not None:
+            await hook()
+
+    async def scan(
+        self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
+    ) -> Page:
+        await self._at(f"scan {partition} {start.partition('/')[0]}")
+        return await super().scan(partition, start, end, limit=limit, reverse=reverse)
+
+    async def purge(self, partition: str, start: str, end: str | None) -> None:
+        await self._at(f"purge {partition}")
+        await super().purge(partition, start, end)
+
+    async def commit(self, writes: Any) -> Any:
+        for write in writes:
+            await self._at(f"commit {write.partition} {write.ops[-1].key.partition('/')[0]}")
+        return await super().commit(writes)
+
+
+@STORED
+@pytest.mark.parametrize("new", [{"blobs": 80}, {"messages": 600}])
+async def test_a_large_put_of_a_writer_that_was_overtaken_removes_nothing_of_others(
+    make_driver: MakeDriver, new: dict[str, int]
+) -> None:
+    async with create_persistence(make_driver()) as p, create_persistence(make_driver()) as q:
+        await p.checkpoints.put("t", state(1))
+        theirs = await q.checkpoints.put("t", state(20, "q"))
+        large = {"b": [os.urandom(30_000).hex() for _ in range(80)]} if "blobs" in new else state(600, "p")
+        await p.checkpoints.put("t", large)
+        async with create_persistence(make_driver()) as other:
+            assert await other.checkpoints.get("t", theirs.id) == state(20, "q")
+            assert await other.checkpoints.get("t") == large
+
+
+async def test_a_thread_that_goes_on_while_it_is_copied() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        await p.checkpoints.put("t", state(3))
+
+        async def go_on() -> None:
+            await q.checkpoints.put("t", state(5))
+
+        driver.hooks["scan thread/t checkpoint"] = go_on
+        await p.checkpoints.copy_thread("t", "u")
+        await p.checkpoints.put("u", state(9, "other"))
+        for meta in (await p.checkpoints.list("u"))[1:]:
+            assert await p.checkpoints.get("u", meta.id) == await p.checkpoints.get("t", meta.id)
+
+
+async def test_a_thread_that_is_deleted_or_pruned_while_it_is_copied() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        for i in range(3):
+            await p.checkpoints.put("t", state(4, str(i)))
+        driver.hooks["scan thread/t piece"] = lambda: q.checkpoints.prune("t", keep_last=1)
+        assert await p.checkpoints.copy_thread("t", "u") == 1
+        assert await p.checkpoints.get("u") == state(4, "2")
+        assert len([key for key in await keys(p, "thread/u") if key.startswith("checkpoint/")]) == 1
+        driver.hooks["scan thread/t checkpoint"] = lambda: q.checkpoints.delete("t")
+        with pytest.raises(NotFoundError):
+            await p.checkpoints.copy_thread("t", "v")
+
+
+@pytest.mark.parametrize("how", ["deleted", "expired", "emptied"])
+async def test_a_small_thread_that_was_there_is_no_target_of_a_copy(how: str) -> None:
+    async with create_persistence(MemoryDriver()) as p:
+        c = p.checkpoints
+        await c.put("t", {"a": 1})
+        meta = await c.put("u", {"old": 1}, expires_at=1 if how == "expired" else None)
+        if how != "expired":
+            await c.delete("u", meta.id if how == "emptied" else None)
+        with pytest.raises(ConflictError):
+            await c.copy_thread("t", "u")
+
+
+async def test_repair_beside_a_copy_removes_nothing() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        for i in range(5):
+            await p.checkpoints.put("t", state(i))
+        reached, go = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            reached.set()
+            await go.wait()
+
+        async def repair() -> None:
+            driver.hooks["purge thread/u"] = hold
+            task = asyncio.ensure_future(q.repair())
+            await asyncio.wait({task, asyncio.ensure_future(reached.wait())}, return_when="FIRST_COMPLETED")
+            tasks.append(task)
+
+        tasks: list[Any] = []
+        driver.hooks["commit thread/u checkpoint"] = repair
+        assert await p.checkpoints.copy_thread("t", "u") == 5
+        reached.set()
+        go.set()
+        await asyncio.gather(*tasks)
+        assert len(await p.checkpoints.list("u")) == 5
+
+
+async def test_a_copy_that_somebody_gets_in_the_way_of_leaves_nothing() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        for i in range(5):
+            await p.checkpoints.put("t", state(i))
+
+        async def begin() -> None:
+            await q.checkpoints.put("u", 1)
+
+        driver.hooks["commit thread/u checkpoint"] = begin
+        with pytest.raises(ConflictError):
+            await p.checkpoints.copy_thread("t", "u")
+        await asyncio.sleep(0.1)
+        assert len([key for key in await keys(p, "thread/u") if key.startswith("checkpoint/")]) == 1
+
+
+async def test_a_thread_that_expires_during_a_large_put() -> None:
+    clock, driver = [10**12], Hooked()
+    async with create_persistence(driver, clock=lambda: clock[0]) as p:
+        await p.checkpoints.put("t", 1, expires_at=clock[0] + 1000)
+
+        async def late() -> None:
+            clock[0] += 2000
+
+        driver.hooks["commit thread/t piece"] = late
+        large = {"m": [os.urandom(40_000).hex() for _ in range(60)]}
+        await p.checkpoints.put("t", large)
+        assert await p.checkpoints.get("t") == large
+
+
+async def test_a_renewed_expiry_is_not_forgotten() -> None:
+    clock = [3_600_000 * 300_000]
+    async with create_persistence(MemoryDriver(), clock=lambda: clock[0]) as p:
+        await p.checkpoints.put("t", 1, expires_at=clock[0] + 60_000)
+        await p.checkpoints.put("t", 2, expires_at=clock[0] + 600_000)
+        clock[0] += 120_000
+        assert await p.checkpoints.delete_expired() == 0
+        clock[0] += 86_400_000
+        assert await p.checkpoints.delete_expired() == 2
+
+
+async def test_expired_threads_are_freed_behind_many_hours_of_sessions() -> None:
+    clock, hour = [10**12], 3_600_000
+    async with create_persistence(MemoryDriver(), clock=lambda: clock[0]) as p:
+        for i in range(510):
+            at = clock[0] + i * hour + 1
+            await p.sessions.save_session(
+                SessionRecord(session_id=str(i), image_id="i", container_id="c", expires_at=at)
+            )
+        await p.checkpoints.put("t", 1, expires_at=clock[0] + 510 * hour)
+        clock[0] += 600 * hour
+        assert await p.checkpoints.delete_expired() == 1
+
+
+async def test_pruning_keeps_a_latest_whose_entry_is_corrupt_but_which_can_be_read() -> None:
+    driver = MemoryDriver()
+    async with create_persistence(driver) as p:
+        metas = [await p.checkpoints.put("t", i) for i in range(3)]
+        await driver.commit([Write("thread/t", (Put(f"checkpoint/{metas[2].id}", b"junk"),), 5)])
+        await p.checkpoints.prune("t", keep_last=1)
+        assert await p.checkpoints.get("t") == 2
+
+
+async def test_a_fork_with_bad_arguments_makes_no_thread() -> None:
+    async with create_persistence(MemoryDriver()) as p:
+        await p.checkpoints.put("t", 1)
+        with pytest.raises(InvalidValueError, match="labels"):
+            await p.checkpoints.fork("t", new_thread_id="u", labels="abc")
+        assert await p.checkpoints.get_thread("u") is None
+        for labels in (5, ["x", 5]):
+            with pytest.raises((InvalidValueError, InvalidKeyError)):
+                await p.checkpoints.put("t", 1, labels=labels)  # type: ignore[arg-type]
+
+
+@STORED
+async def test_of_named_checkpoints_of_one_time_the_last_comes_first(make_driver: MakeDriver) -> None:
+    async with create_persistence(make_driver()) as p:
+        for i in range(5):
+            app = {"session_id": "s", "hostname": "h", "working_directory": "/", "state": i, "created_at": 5}
+            await p.checkpoints.store_app_checkpoint(app)
+        latest = await p.checkpoints.retrieve_latest_app_checkpoint()
+        assert latest is not None
+        assert latest.state == 4
+
+
+async def test_writers_that_overtake_each_other_leave_nothing_in_the_listings() -> None:
+    driver = MemoryDriver()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        for i in range(6):
+            one = {"agent_id": "a", "session_id": "s", "agent_type": "t", "name": "n", "state": i}
+            await (p, q)[i % 2].checkpoints.store_checkpoint(one)
+        assert len(await keys(p, "index/named-checkpoints")) == 6
+
+
+async def test_a_member_of_an_enum_is_a_key_by_its_value() -> None:
+    class Role(str, Enum):  # noqa: UP042 - a StrEnum shows itself by its value
+        USER = "user"
+
+    async with create_persistence(MemoryDriver()) as p:
+        await p.checkpoints.put("t", {Role.USER: ["x" * 100] * 200})
+        assert list(await p.checkpoints.get("t")) == ["user"]
+
+
+async def test_a_copy_that_failed_can_be_made_again() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p:
+        await p.checkpoints.put("t", state(3))
+
+        async def fail() -> None:
+            raise RuntimeError
+
+        driver.hooks["scan thread/t piece"] = fail
+        with pytest.raises(RuntimeError):
+            await p.checkpoints.copy_thread("t", "u")
+        for _ in range(100):
+            if all(key == "head" for key in await keys(p, "thread/u")):
+                break
+            await asyncio.sleep(0.01)
+        assert await p.checkpoints.copy_thread("t", "u") == 1
+        assert await p.checkpoints.get("u") == state(3)
+
+
+async def test_versions_and_cursors_of_other_kinds_are_refused() -> None:
+    async with create_persistence(MemoryDriver()) as p:
+        for version in (object(), b"x", float("nan"), True, "\ud800"):
+            with pytest.raises((InvalidValueError, InvalidKeyError)):
+                await p.checkpoints.put("t", 1, version=version)  # type: ignore[arg-type]
+        for call in (
+            p.checkpoints.list_threads,
+            p.checkpoints.list_checkpoints,
+            p.checkpoints.list_app_checkpoints,
+        ):
+            with pytest.raises(InvalidKeyError, match="cursor"):
+                await call(cursor="x")
+
+
+def agent(**fields: Any) -> dict[str, Any]:
+    return {"agent_id": "a", "session_id": "s", "agent_type": "t", "name": "n", "state": 1, **fields}
+
+
+def app(**fields: Any) -> dict[str, Any]:
+    return {"session_id": "s", "hostname": "h", "working_directory": "/", "state": 1, **fields}
+
+
+@STORED
+async def test_named_checkpoints_are_pruned_and_put_only_after_what_is_expected(
+    make_driver: MakeDriver,
+) -> None:
+    async with create_persistence(make_driver()) as p:
+        c = p.checkpoints
+        for store, prune, listed, one in (
+            (c.store_checkpoint, c.prune_checkpoints, c.list_checkpoints, agent),
+            (c.store_app_checkpoint, c.prune_app_checkpoints, c.list_app_checkpoints, app),
+        ):
+            first = await store(one(created_at=1), expected_latest=0)
+            second = await store(one(created_at=2), expected_latest=first)
+            other = await store(one(agent_id="b") if one is agent else one(session_id="b"))
+            for wrong in (first, other, 0, "", "x"):
+                with pytest.raises(ConflictError):
+                    await store(one(), expected_latest=wrong)
+            assert (await prune(older_than=2, dry_run=True)).checkpoints == 1
+            assert (await prune(older_than=2)).checkpoints == 1
+            assert [item.id for item in await listed()] == [other, second]
+            await store(one())
+            assert (await prune("s" if one is app else "a", keep_last=1)).checkpoints == 1
+            assert len(await listed()) == 2
+        assert await c.delete_session_checkpoints("s") == 1
+        assert await c.delete_agent_checkpoints("a") == 1
+
+
+@pytest.mark.parametrize("size", [1_000, 10_000, 30_000])
+async def test_the_skeleton_stays_small_whatever_the_size_of_messages(size: int) -> None:
+    driver = RecordingDriver()
+    messages: list[Any] = []
+    async with create_persistence(driver) as p:
+        for i in range(120):
+            messages.append({"role": "tool", "content": f"{i} ".ljust(size, "x")})
+            driver.forget()
+            await p.checkpoints.put("t", {"messages": messages})
+            written = sum(len(op.value) for op in driver.commits[0][0].ops if isinstance(op, Put))
+            assert written < size + 2_000
+
+
+async def test_long_keys_are_no_part_of_the_skeleton() -> None:
+    given = {f"{i:04d}".ljust(7000, "k"): ["v" * 100] * 90 for i in range(200)}
+    async with create_persistence(MemoryDriver()) as p:
+        await p.checkpoints.put("t", given)
+        assert await p.checkpoints.get("t") == given
