@@ -160,7 +160,8 @@ class _Log:
         if self.fd < 0:
             return False
         status = os.fstat(self.fd)
-        return status.st_size == self.end and status.st_nlink > 0
+        # Nobody else appends to a file that this driver holds, but without a link it has a successor.
+        return (self.writing or status.st_size == self.end) and status.st_nlink > 0
 
     def sorted_keys(self) -> SortedList[str]:
         if self.keys is None:
@@ -371,7 +372,7 @@ class FilesystemDriver:
             log = self._logs.get(partition)
             if not _NOWAIT or log is None or not log.lock.acquire(blocking=False):
                 raise BlockingIOError
-            if not log.writing and not log.is_current():
+            if not log.is_current():
                 log.lock.release()
                 raise BlockingIOError
             log.used = True

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sortedcontainers import SortedDict, SortedList
 
-from persistence.driver import ABSENT, PAGE_BYTES, Check, Entry, Key, Op, Page, Put, Write
+from persistence.driver import ABSENT, Check, Entry, Key, Op, Page, Put, Write, page_of
 from persistence.options import Durability, check_durability, check_namespace, flag, split_url
 
 __all__ = ["MemoryDriver", "from_url", "memory_driver"]
@@ -64,16 +64,8 @@ class MemoryDriver:
         held = self._partitions.get(partition)
         if held is None:
             return Page([], False)
-        page: list[Entry] = []
-        size = 0
         keys = held.keys.irange(start, end, (True, False), reverse=reverse)
-        for key in keys:
-            entry = held.entries[key]
-            size += len(key) + len(entry.value)
-            if page and (len(page) == limit or size > PAGE_BYTES):
-                return Page(page, True)
-            page.append(entry)
-        return Page(page, False)
+        return page_of(map(held.entries.__getitem__, keys), limit)
 
     async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
         return [self._apply(write) for write in writes]

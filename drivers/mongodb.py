@@ -29,9 +29,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Op, Page, Put, Write
+from persistence.driver import ABSENT, Delete, Entry, Key, Op, Page, Put, Write, page_of
 from persistence.errors import ConfigurationError, CorruptRecordError, UnavailableError
 from persistence.options import (
     Durability,
@@ -41,6 +41,7 @@ from persistence.options import (
     masked_url,
     missing_client,
     split_url,
+    take_apart,
 )
 
 try:
@@ -81,6 +82,7 @@ _TRIES = 12
 _AT_ONCE = 8  # transactions of one `commit` that run singly
 _FULL_ANSWER = 8 << 20  # half of what one answer can hold; no value has more than the sixteenth part
 _WINDOW = 8_000  # names that one answer can hold, however long they are
+_PAGE = 5_000  # entries that it can hold, however long their names, with PAGE_BYTES of values
 _PURGE_STEP = 5_000
 _ABANDONED = 3.0  # seconds in which nothing was done in a transaction
 _OURS = DriverInfo("agent-persistence")  # tells the server whose connections these are
@@ -220,8 +222,8 @@ class MongoDBDriver:
     async def scan(
         self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
     ) -> Page:
-        entries: list[Entry] = []
-        size, named = 0, len(self._id(partition, ""))
+        limit = min(limit, _PAGE)
+        named = len(self._id(partition, ""))
         with self._translated():
             # Of large values up to 16 MB come, the most of one answer, of which a page keeps PAGE_BYTES.
             documents = await self._find(
@@ -229,13 +231,7 @@ class MongoDBDriver:
                 limit + 1,
                 sort={"_id": pymongo.DESCENDING if reverse else pymongo.ASCENDING},
             )
-        for document in documents:
-            entry = _entry(partition, document["_id"][named:], document)
-            size += len(entry.key) + len(entry.value)
-            if entries and (len(entries) == limit or size > PAGE_BYTES):
-                return Page(entries, True)
-            entries.append(entry)
-        return Page(entries, False)
+        return page_of((_entry(partition, each["_id"][named:], each) for each in documents), limit)
 
     async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
         kinds: dict[Callable[[Sequence[Write]], Any], list[int]] = {}
@@ -442,14 +438,22 @@ class MongoDBDriver:
                     outcomes = await self._look(writes, session)
                 requests: list[_Request] = []
                 deletions: list[_Request] = []
+                free: list[tuple[Write, Op]] = []  # Deletes of what may be absent
                 for write, holds in zip(writes, outcomes, strict=True):
                     for op in write.ops if holds else ():
-                        if not isinstance(op, Delete) or op.expect is not None:
+                        if isinstance(op, Delete) and op.expect is None:
+                            free.append((write, op))
+                        else:
                             requests.append(self._request(write, op))
                         if isinstance(op, Delete):
                             deletions.append(DeleteOne(self._place(write, op)))
                 if requests or deletions:
-                    await self._entries.bulk_write([*requests, *deletions], session=session)
+                    done = await self._entries.bulk_write([*requests, *deletions], session=session)
+                    if done.deleted_count < len(deletions):
+                        # What is absent must stay so until the commit, and only what is written is locked.
+                        held = [self._request(*each) for each in free]
+                        gone = [DeleteOne(self._place(*each)) for each in free]
+                        await self._entries.bulk_write([*held, *gone], session=session)
             except BaseException:
                 await session.abort_transaction()
                 raise
@@ -588,11 +592,7 @@ def _without_losers(outcomes: _Outcomes, faults: Iterable[_Document]) -> _Outcom
 
 
 def _database_of(url: str) -> str:
-    try:
-        name = unquote(urlsplit(url).path[1:])
-    except ValueError:
-        return ""  # pymongo will tell
-    return "" if set(name) & set("/@:") else name  # a part of a password that was not encoded
+    return unquote(take_apart(url).path[1:])
 
 
 async def _settled(calls: Sequence[Awaitable[T]]) -> list[T | None]:

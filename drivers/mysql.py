@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from operator import itemgetter
 from ssl import SSLContext, create_default_context
 from typing import Any, NamedTuple, TypeAlias, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 from weakref import WeakSet
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Op, Page, Put, Write
@@ -47,6 +47,7 @@ from persistence.options import (
     masked_url,
     missing_client,
     split_url,
+    take_apart,
 )
 
 try:
@@ -152,7 +153,7 @@ _ENGINE = (
 
 _LAST_KEY = "\x7f"
 _HELD = 0  # the version of a row that is there only to be locked
-_PACKET_BYTES = 10 << 20  # the longest packet: `MAX_WRITE_BYTES` as hexadecimal, and the names
+_PACKET_BYTES = 12 << 20  # the longest packet: `MAX_WRITE_BYTES` as hexadecimal, and the names
 _PURGE_STEP = 250
 _PAGE_PARTITIONS = 500  # the servers stop a recursion at 1000
 _LONGEST_PAUSE = 0.1  # seconds between two tries
@@ -162,8 +163,9 @@ _MULTI_STATEMENTS = 1 << 16
 _NULL = 1048
 _DUPLICATE = 1062
 _RETRIED = {1205, 1213, _DUPLICATE}  # lock wait timeout, deadlock, a key that was absent a moment ago
-_BROKEN = {1053, 1152, 1158, 1159, 1160, 1161, 1317, 1927, 3169, 4031}  # and all below 1000, and 2000 to 2999
-_BUSY = {1021, 1040, 1041, 1047, 1114, 1129, 1203, 1205, 1213, 1290, 1836, 1969, 3024, _DUPLICATE}
+# And all below 1000, and 2000 to 2999. With 1290 and 1836 the server is a primary no longer.
+_BROKEN = {1053, 1152, 1158, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 3169, 4031}
+_BUSY = {1021, 1040, 1041, 1047, 1114, 1129, 1203, 1205, 1213, 1969, 3024, _DUPLICATE}
 _CORRUPT = {1034, 1194, 1195, 1712, 1877}
 _FORBIDDEN = {1044, 1142, 1227}
 _NO_TRANSACTIONS = {"MyISAM", "Aria", "MEMORY", "CSV", "ARCHIVE", "MRG_MyISAM", "BLACKHOLE"}
@@ -259,6 +261,12 @@ class MySQLDriver:
             "ssl": create_default_context() if ssl is True else ssl or None,
             **client_options,
         }
+        if secret := self._connect_options.get("password"):
+            # Both clients send it as Latin-1, which servers compare with UTF-8.
+            self._connect_options["password"] = secret.encode().decode("latin-1")
+        if client is not None and not isinstance(client, client_library.Pool):
+            message = f"mysql: client must be a pool of {client_library.__name__}, which is used here"
+            raise ConfigurationError(message)
         if client is None and not self._connect_options.get("db"):
             raise ConfigurationError("mysql: name a database: mysql://user:password@host:port/database")
         self._client = client
@@ -572,13 +580,13 @@ def from_url(url: str) -> MySQLDriver:
 
 def _parts(url: str) -> dict[str, Any]:
     """Return the URL as options of the client's ``connect``."""
-    parts = urlsplit(url)
+    parts = take_apart(url)
     try:
         port = parts.port
     except ValueError:
         port = -1
     # Such an URL would be taken apart in the middle of its password, and shown.
-    if port == -1 or "@" in parts.path + parts.query + parts.fragment:
+    if port == -1:
         raise ConfigurationError("mysql: this is no URL; percent-encode / ? # @ : % in user and password")
     said = {
         "host": parts.hostname,

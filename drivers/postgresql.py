@@ -26,7 +26,6 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import urlsplit
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
 from persistence.errors import (
@@ -44,6 +43,7 @@ from persistence.options import (
     masked_url,
     missing_client,
     split_url,
+    take_apart,
 )
 
 try:
@@ -327,6 +327,7 @@ class PostgreSQLDriver:
         commit = "on" if self._durability == "power" else "off"
         self._settings = {"milliseconds": int(timeout * 1000), "commit": commit} if own else None
         self._pool: _Pool | asyncpg.Pool | None = None
+        self._in_doubt = False  # a call on the connection passed as client did not come to its end
         self._opening = asyncio.Lock()
         self.lanes = min(2, self._pool_size)
 
@@ -496,11 +497,20 @@ class PostgreSQLDriver:
                 connection = await pool.acquire(timeout=self._timeout)
                 try:
                     async with asyncio.timeout(self._timeout + _GRACE):
+                        if self._in_doubt:  # a transaction of ours may be open there
+                            await connection.execute("ROLLBACK")
+                            self._in_doubt = False
                         return await work(connection)
+                except asyncpg.ReadOnlySQLTransactionError:  # a primary no longer: ask for the way again
+                    if connection is not self._client:
+                        connection.terminate()
+                    raise
                 except asyncpg.PostgresError:
                     raise  # an answer of the server: the connection is in order
                 except BaseException:
-                    if connection is not self._client:
+                    if connection is self._client:
+                        self._in_doubt = True
+                    else:
                         connection.terminate()
                     raise
                 finally:
@@ -621,10 +631,10 @@ def from_url(url: str) -> PostgreSQLDriver:
 
 def _check_url(url: str) -> None:
     """Refuse an URL that would be taken apart in the middle of its password, and shown."""
-    parts = urlsplit(url)
+    parts = take_apart(url)
     hosts = parts.netloc.rpartition("@")[2].split(",")
     ports = [host.rpartition("]")[2].partition(":")[2] for host in hosts]
-    if "@" in parts.path + parts.query + parts.fragment or not all(port.isdigit() for port in ports if port):
+    if not all(port.isdigit() for port in ports if port):
         raise ConfigurationError(
             "postgresql: this is no URL; percent-encode / ? # @ : % in user and password"
         )

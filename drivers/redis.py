@@ -37,6 +37,7 @@ from persistence.options import (
     masked_url,
     missing_client,
     split_url,
+    take_apart,
 )
 
 try:
@@ -216,6 +217,7 @@ class RedisDriver:
         scheme, colon, rest = (
             url or f"redis://{f'[{host}]' if ':' in host else host}:{port}/{db}"
         ).partition(":")
+        take_apart(url or "")
         self._url = scheme.removesuffix("+cluster") + colon + rest
         self._as_cluster = (
             isinstance(client, RedisCluster) if client else cluster or scheme.endswith("+cluster")
@@ -228,6 +230,7 @@ class RedisDriver:
         self._idle: list[AbstractConnection] = []  # taken from the pool of our own client, which is slow
         self._stale = False  # a node died or a slot moved: ask the Cluster who has what
         self._pool_size = pool_size
+        self._timeout = timeout
         self._options: dict[str, Any] = {
             "socket_timeout": timeout,
             "socket_connect_timeout": connect_timeout,
@@ -303,7 +306,7 @@ class RedisDriver:
         command = _script(_SCAN_SHA, self._names(partition), [*search, limit, PAGE_BYTES])
         with _translated():
             [(more, names, packed, values)] = await self._read([command])
-        keys = names.decode().split()
+        keys = names.decode().split(" ") if packed else []  # an empty key is one
         versions = struct.unpack(f">{len(keys)}Q", packed)
         if 0 in versions:
             raise _corrupt(Key(partition, keys[versions.index(0)]))
@@ -450,9 +453,9 @@ class RedisDriver:
         connection = self._idle.pop() if self._idle else await pool.get_connection()
         try:
             await pool.ensure_connection(connection)
-            [reply] = await _exchange(connection, [pack_command(words)])
+            [reply] = await _exchange(connection, [pack_command(words)], self._timeout)
             if isinstance(reply, exceptions.NoScriptError):
-                [reply] = await _exchange(connection, [pack_command(_with_text(words))])
+                [reply] = await _exchange(connection, [pack_command(_with_text(words))], self._timeout)
         finally:
             if self._given is None:
                 self._idle.append(connection)
@@ -510,7 +513,7 @@ class RedisDriver:
             packet = [part for command in packet for part in (_ASKING, command)]
         connection = node.acquire_connection()
         try:
-            replies = await _exchange(connection, packet)
+            replies = await _exchange(connection, packet, self._timeout)
         finally:
             node.release(connection)
         if isinstance(replies[-1], _BROKEN):
@@ -559,7 +562,7 @@ def from_url(url: str) -> RedisDriver:
     return RedisDriver(split.url, **split.options)
 
 
-async def _exchange(connection: AbstractConnection, packet: Sequence[bytes]) -> list[Any]:
+async def _exchange(connection: AbstractConnection, packet: Sequence[bytes], timeout: float) -> list[Any]:
     """Send commands together, and return their replies with errors among them."""
     replies: list[Any] = []
     limit = connection.socket_timeout
@@ -567,7 +570,7 @@ async def _exchange(connection: AbstractConnection, packet: Sequence[bytes]) -> 
         await connection.connect()  # type: ignore[no-untyped-call]
         # One alarm for all; redis-py sets one to send, which takes a task of its own, and one for each reply.
         connection.socket_timeout = None
-        async with asyncio.timeout(limit):
+        async with asyncio.timeout(timeout if limit is None else limit):  # a client given may have none
             await connection.send_packed_command(packet)
             for _ in packet:
                 try:
@@ -620,7 +623,7 @@ def _translated() -> Iterator[None]:
     except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
         # Where no node of a Cluster would do, the last one's reason stands behind it.
         root = error.__cause__ or error if isinstance(error, exceptions.RedisClusterException) else error
-        message = f"redis: {root}"
+        message = f"redis: {str(root) or 'no answer in time'}"
         if isinstance(root, _REFUSALS) or str(root).startswith(_MISTAKES):
             raise ConfigurationError(message) from error
         raise UnavailableError(message) from error

@@ -39,7 +39,7 @@ client's own error as the cause and shows no password. Every wait is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "Page",
     "Put",
     "Write",
+    "page_of",
 ]
 
 ABSENT: Final = 0
@@ -97,6 +98,18 @@ class Page(NamedTuple):
 
     entries: list[Entry]
     more: bool
+
+
+def page_of(entries: Iterable[Entry], limit: int) -> Page:
+    """Return what `scan` does of `entries`, which begin where the page does and go beyond it if they can."""
+    page: list[Entry] = []
+    size = 0
+    for entry in entries:
+        size += len(entry.key) + len(entry.value)
+        if page and (len(page) == limit or size > PAGE_BYTES):
+            return Page(page, True)
+        page.append(entry)
+    return Page(page, False)
 
 
 class Put(NamedTuple):

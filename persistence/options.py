@@ -19,6 +19,7 @@ __all__ = [
     "masked_url",
     "missing_client",
     "split_url",
+    "take_apart",
 ]
 
 Durability: TypeAlias = Literal["power", "process"]
@@ -86,13 +87,25 @@ class SplitURL(NamedTuple):
         return unquote(self.parts.path[1:])
 
 
+def take_apart(url: str) -> SplitResult:
+    """Return the parts of `url`; refuse one that would be taken apart in the middle of its password."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = None  # not even as the cause: it quotes the password
+    if parts is None or (parts.netloc and "@" in parts.path + parts.query + parts.fragment):
+        message = f"{masked_url(url)!r} is no URL; percent-encode / ? # @ : % [ ] and all but ASCII"
+        raise ConfigurationError(message)
+    return parts
+
+
 def split_url(url: str, known: Mapping[str, Callable[[str], Any]], *, others: bool = False) -> SplitURL:
     """Take the options `known` (name → converter) out of the query of `url`.
 
     An option that is unknown (unless `others` leaves those to the client),
     given twice or not convertible raises `ConfigurationError`.
     """
-    parts = urlsplit(url)
+    parts = take_apart(url)
     options: dict[str, Any] = {}
     rest: list[tuple[str, str]] = []
     for name, text in parse_qsl(parts.query, keep_blank_values=True):

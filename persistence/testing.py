@@ -477,6 +477,21 @@ class DriverConformance:
 
         self._with_driver(make_driver, scenario, objects=self.objects)
 
+    def test_writes_that_cross_are_not_half_done(self, make_driver: MakeDriver) -> None:
+        """Each puts what the other deletes: whichever comes first, one key is left."""
+
+        async def scenario(one: Driver, other: Driver) -> None:
+            for n in range(10):
+                name, (left, right) = f"cross/{n}", ("a", "b")
+                await asyncio.gather(
+                    one.commit([Write(name, (Put(left, b""), Delete(right)), next(_versions))]),
+                    other.commit([Write(name, (Put(right, b""), Delete(left)), next(_versions))]),
+                )
+                stored = await _everything(one, name)
+                _expect(len(stored) == 1, f"of two Writes that cross, {len(stored)} keys are left")
+
+        self._with_driver(make_driver, scenario, objects=2)
+
     def test_racing_appends_get_each_number_once(self, make_driver: MakeDriver) -> None:
         """A log's tail is one key that is not there yet; who loses it takes the next number."""
         logs = [f"log/{n}" for n in range(5)]

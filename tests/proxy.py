@@ -46,7 +46,8 @@ class Proxy:
     All faults concern all connections. `requests` and `replies` are the two
     directions, in bytes; `round_trips` counts the replies that answered
     something, a reply being all that comes until the client speaks again.
-    `latency` is how many seconds a reply is kept back.
+    `latency` is how many seconds a reply is kept back. New connections go to
+    another server when `target` is changed.
     """
 
     def __init__(self, target: int) -> None:
@@ -54,7 +55,7 @@ class Proxy:
         self.connections = 0
         self.round_trips = 0
         self.latency = 0.0
-        self._target = target
+        self.target = target
         self._requests, self._replies = _Flow(), _Flow()
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,7 +123,7 @@ class Proxy:
 
     async def _serve(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         try:
-            from_server, to_server = await asyncio.open_connection("127.0.0.1", self._target)
+            from_server, to_server = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
             to_client.transport.abort()
             return

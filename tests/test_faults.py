@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiomysql
+import asyncpg
 import pytest
 import servers
 from engines import ENGINES, Place
@@ -188,3 +190,35 @@ async def test_one_dead_node_of_a_cluster_stops_its_own_partitions_alone(
             assert stored[-1] == 3
             assert stored.count(2) <= 1
             assert name not in worked or 2 in stored
+
+
+async def _demote(engine: str, old: Any, new: Any) -> None:
+    if engine == "redis":
+        old.command("REPLICAOF", "127.0.0.1", new.port)
+    elif engine == "mysql":
+        connection = await aiomysql.connect(host="127.0.0.1", port=old.port, user="root", autocommit=True)
+        async with connection.cursor() as cursor:
+            await cursor.execute("SET GLOBAL read_only = 1")
+        connection.close()
+    else:
+        connection = await asyncpg.connect(old.url.replace("//persistence:", "//postgres:"))
+        await connection.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+        await connection.execute("SELECT pg_reload_conf()")
+        await connection.close()
+
+
+@pytest.mark.parametrize("engine", ["postgresql", "mysql", "redis"])
+async def test_a_primary_that_has_become_a_replica_is_left_for_the_new_one(
+    engine: str, own_server: OwnServer
+) -> None:
+    """The address leads to the new primary; connections that are there, to the old one."""
+    old, new = own_server(engine), own_server(engine)
+    async with create_persistence(new.url):
+        pass  # it has the table, as a replica would
+    async with Proxy(old.port) as proxy, create_persistence(old.url_at(proxy.port)) as p:
+        await p.sessions.add_message("before", {"n": 1})
+        proxy.target = new.port
+        await _demote(engine, old, new)
+        assert await p.sessions.add_message("after", {"n": 1}) == 1
+    async with create_persistence(new.url) as p:
+        assert await p.sessions.count_messages("after") == 1

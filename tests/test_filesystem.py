@@ -365,6 +365,34 @@ async def test_a_write_is_seen_by_its_own_readers_only_once_it_is_safe(
         assert await content(driver) == {"a": b"2", "b": b"2"}
 
 
+async def test_what_another_writes_to_the_successor_of_a_file_is_seen_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, syncing, synced = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    sync = module._sync_folder
+
+    def slow(folder: Any) -> None:
+        loop.call_soon_threadsafe(syncing.set)
+        synced.wait()
+        sync(folder)
+
+    async with opened(tmp_path) as driver, opened(tmp_path) as other:
+        await put(driver, "p", a=b"1")
+        assert await content(driver) == {"a": b"1"}
+        monkeypatch.setattr(module, "_sync_folder", slow)
+        task = asyncio.create_task(driver.commit([write("p", Delete("a"))]))
+        await syncing.wait()
+        monkeypatch.undo()
+        try:
+            await put(other, "p", b=b"2")
+            found = asyncio.create_task(content(driver))
+            await asyncio.sleep(0.05)
+        finally:
+            synced.set()
+        assert await found == {"b": b"2"}
+        assert await task == [True]
+
+
 # Bounds.
 
 

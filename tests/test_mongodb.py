@@ -407,6 +407,18 @@ async def test_a_partition_larger_than_a_step_is_purged(server: Servers) -> None
         assert await driver.partitions(None, 10) == ([], None)
 
 
+async def test_more_is_told_where_names_fill_an_answer(server: Servers) -> None:
+    async with opened(server("mongodb").url) as driver:
+        for part in range(30):
+            puts = tuple(Put(f"{part:02}/{number:03}".ljust(108, "k"), b"") for number in range(1_000))
+            assert await driver.commit([Write("p" * 200, puts, part + 1)]) == [True]
+        page = await driver.scan("p" * 200, "", None, limit=50_000)
+        assert page.more
+        rest = await driver.scan("p" * 200, f"{page.entries[-1].key}!", None, limit=1_000)
+        assert rest.entries[0].key > page.entries[-1].key
+        await driver.purge("p" * 200, "", None)
+
+
 async def test_partitions_pass_by_a_large_one(server: Servers) -> None:
     seen = Commands()
     async with opened(server("mongodb").url, event_listeners=[seen]) as driver:

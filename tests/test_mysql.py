@@ -349,6 +349,26 @@ async def test_an_account_without_the_right_to_create_is_told_what_to_run(
             await root.ask(f"DROP USER {user}@'%'")
 
 
+async def test_passwords_are_sent_as_the_server_knows_them(on: ModuleType, server: Servers) -> None:
+    url = server("mysql").url
+    for secret in ("pässwörd", "пароль"):
+        user = f"u{uuid.uuid4().hex[:12]}"
+        async with connected(url, root=True) as root:
+            coded = secret.encode().hex()
+            await root.ask(
+                f"EXECUTE IMMEDIATE CONCAT('CREATE USER {user} IDENTIFIED BY ', QUOTE(X'{coded}'))"
+            )
+            await root.ask(f"GRANT ALL ON persistence.* TO {user}")
+        port = urlsplit(url).port
+        async with opened(on, f"mysql://{user}:{quote(secret)}@127.0.0.1:{port}/persistence") as driver:
+            assert await driver.commit([create("p")]) == [True]
+
+
+async def test_a_pool_of_the_other_client_library_is_refused(on: ModuleType) -> None:
+    with pytest.raises(ConfigurationError, match=on.client_library.__name__):
+        on.MySQLDriver(client=object())
+
+
 async def test_a_table_without_transactions_is_refused(on: ModuleType, server: Servers) -> None:
     url = server("mysql").url
     async with own_table(url) as table, connected(url) as session:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from persistence import ConfigurationError
+from persistence import ConfigurationError, create_persistence
+from persistence.drivers import mongodb_driver, mysql_driver, postgresql_driver, redis_driver
 from persistence.options import (
     check_durability,
     check_identifier,
@@ -31,6 +34,21 @@ from persistence.options import (
 def test_a_url_is_shown_without_what_is_secret(url: str, shown: str) -> None:
     assert masked_url(url) == shown
     assert "s3" not in masked_url(url)
+
+
+@pytest.mark.parametrize(
+    "secret", ["s3cr\u2100t", "s3c[ret", "s3c]ret", "12/s3cret", "12?s3cret", "12#s3cret"]
+)
+@pytest.mark.parametrize("make", [postgresql_driver, mysql_driver, redis_driver, mongodb_driver])
+async def test_no_part_of_a_password_is_shown_that_is_not_encoded(make: Any, secret: str) -> None:
+    url = f"{make.__name__.removesuffix('Driver').lower()}://u:{secret}@127.0.0.1:1/db"
+    for refused in (lambda: make(url), lambda: create_persistence(url)):
+        with pytest.raises(ConfigurationError, match="percent-encode") as caught:
+            await refused()
+        error: BaseException | None = caught.value
+        while error is not None:
+            assert "s3c" not in f"{error} {error!r}"
+            error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def test_options_are_taken_out_of_a_url_and_the_rest_is_left() -> None:

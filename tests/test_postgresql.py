@@ -425,6 +425,34 @@ async def test_a_connection_passed_in_is_used_by_one_call_at_a_time_and_not_clos
                 await driver.get([Key("p", "a")])
 
 
+async def test_a_connection_passed_in_is_not_left_in_a_transaction_by_a_call_that_ran_out_of_time(
+    server: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, url_at, namespace = server("postgresql").url, server("postgresql").url_at, uuid.uuid4().hex
+    async with (
+        Proxy(server("postgresql").port) as proxy,
+        connected(url_at(proxy.port)) as connection,
+        opened("", client=connection, timeout=0.5, namespace=namespace) as driver,
+        opened(url, namespace=namespace) as other,
+    ):
+        assert await driver.commit([create("p")]) == [True]
+        applied = driver._apply
+
+        async def stalled(connection: Any, columns: Any) -> Any:
+            if connection.is_in_transaction():
+                proxy.stall()
+            return await applied(connection, columns)
+
+        monkeypatch.setattr(driver, "_apply", stalled)
+        with pytest.raises(UnavailableError):
+            await driver.commit([Write("p", (Put("a", b"new"), Delete("absent")), 2)])
+        monkeypatch.undo()
+        await proxy.resume()
+        assert await eventually(lambda: driver.commit([create("q")])) == [True]
+        assert await other.get([Key("q", "a")]) == [Entry("a", b"v", 1)]
+        assert not connection.is_in_transaction()
+
+
 # Races that the conformance suite cannot force.
 
 

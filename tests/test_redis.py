@@ -349,6 +349,29 @@ async def test_a_server_that_hangs_is_given_up_in_time(server: Servers) -> None:
         assert await driver.get([Key("p", "a")]) == [Entry("a", b"v", 1)]
 
 
+async def test_a_client_without_a_time_out_is_given_up_in_time_too(server: Servers) -> None:
+    async with (
+        Proxy(server("redis").port) as proxy,
+        Redis(port=proxy.port, socket_timeout=None) as client,
+        opened("", client=client, timeout=0.3) as driver,
+    ):
+        await driver.commit([create("p")])
+        proxy.stall()
+        with pytest.raises(UnavailableError, match="no answer in time"):
+            await asyncio.wait_for(driver.get([Key("p", "a")]), 10)
+        await proxy.resume()
+
+
+async def test_an_empty_key_is_scanned_like_any_other(server: Servers) -> None:
+    async with opened(server("redis").url) as driver:
+        await driver.commit([Write("p", (Put("", b"x"), Put("a", b"y")), 1), create("q", "")])
+        assert (await driver.scan("p", "", None, limit=9)).entries == [
+            Entry("", b"x", 1),
+            Entry("a", b"y", 1),
+        ]
+        assert (await driver.scan("q", "", None, limit=9)).entries == [Entry("", b"v", 1)]
+
+
 async def test_the_same_driver_works_after_the_server_was_killed(own_server: Servers) -> None:
     machine = own_server("redis")
     async with opened(machine.url) as driver:
