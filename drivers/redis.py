@@ -249,7 +249,10 @@ class RedisDriver:
     async def open(self) -> None:
         if self._opened:
             return
-        self._turn = asyncio.Semaphore(self._pool_size)
+        most = self._pool_size
+        if isinstance(self._given, Redis):
+            most = min(most, self._given.connection_pool.max_connections)
+        self._turn = asyncio.Semaphore(most)
         try:
             if self._client is None:
                 self._client = self._connect()

@@ -96,7 +96,7 @@ class Upload(msgspec.Struct, array_like=True, frozen=True):
 
 
 class HeadBody(Body):
-    """The head of a thread; without `l` there is no checkpoint, and for readers no thread."""
+    """The head of a thread; if it holds no checkpoint there is, for readers, no thread."""
 
     id: str
     g: str  # made with the head; the numbers of pieces are those of this one
@@ -115,6 +115,10 @@ class HeadBody(Body):
     p: dict[str, Upload] = msgspec.field(default_factory=dict)
     e: int | None = None  # when the thread expires
     gone: int | None = None  # when it was deleted
+
+    def holds_any(self) -> bool:
+        """Tell whether there is a checkpoint, be it one that cannot be read."""
+        return self.l is not None or self.k > 0
 
 
 class _Piece(msgspec.Struct):
@@ -266,7 +270,7 @@ class ThreadReader:
         partition = self.partition(thread_id)
         (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
         head = None if entry is None else self.head(partition, entry)
-        if head is None or head.l is None or not self.alive(head, self.store.clock()):
+        if head is None or not head.holds_any() or not self.alive(head, self.store.clock()):
             return None
         return head
 
@@ -280,6 +284,9 @@ class ThreadReader:
         if not self.alive(head, self.store.clock()):
             return None
         if checkpoint_id is None:
+            if head.l is None and head.k:
+                message = "no checkpoint of the thread can be read"
+                raise CorruptRecordError(message, partition=partition, key=HEAD)
             return head.l
         if entries[1] is None or checkpoint_id <= head.fl:
             return None
@@ -459,7 +466,7 @@ class ThreadReader:
                 except CorruptRecordError as error:
                     _log.warning("a thread is left out of the listing: %s", error)
                     continue  # repair names it too, and so does whoever asks for it
-                if head.l is None or not self.alive(head, self.store.clock()):
+                if not head.holds_any() or not self.alive(head, self.store.clock()):
                     continue
                 if hint.key != self.thread_hint(head):
                     continue
@@ -485,7 +492,7 @@ class ThreadReader:
 
     def alive(self, head: HeadBody, now: int) -> bool:
         """Tell whether there is such a thread at the time `now`."""
-        return head.gone is None and (head.e is None or head.e > now) and (head.l is not None or bool(head.p))
+        return head.gone is None and (head.e is None or head.e > now) and (head.holds_any() or bool(head.p))
 
     def head(self, partition: str, entry: Entry) -> HeadBody:
         """Return the stored head."""

@@ -64,7 +64,7 @@ class ThreadRepair:
             return done
         head = self._threads.head(partition, entry)
         await self._sweep(partition, head, entry.version, done)
-        if head.l is not None:
+        if head.holds_any():
             hint = Key(self._threads.listing.partition, self._threads.thread_hint(head))
             (listed,) = await self._store.coalescer.get([hint])
             if listed is None:

@@ -373,7 +373,7 @@ class Threads(ThreadReader):
 
             def bury(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
                 nonlocal removed
-                if head.gone is not None or not (head.l or head.p) or not wanted(head):
+                if head.gone is not None or not (head.holds_any() or head.p) or not wanted(head):
                     return None
                 removed = head.k
                 uploads: list[Op] = [Delete(PENDING + id) for id in head.p]

@@ -12,6 +12,7 @@ from faulty_driver import RecordingDriver
 
 from persistence import (
     ConflictError,
+    CorruptRecordError,
     InvalidKeyError,
     InvalidValueError,
     NotFoundError,
@@ -205,6 +206,30 @@ async def test_pruning_keeps_a_latest_whose_entry_is_corrupt_but_which_can_be_re
         await driver.commit([Write("thread/t", (Put(f"checkpoint/{metas[2].id}", b"junk"),), 5)])
         await p.checkpoints.prune("t", keep_last=1)
         assert await p.checkpoints.get("t") == 2
+
+
+async def test_a_thread_of_which_nothing_can_be_read_is_not_taken_for_empty() -> None:
+    driver = MemoryDriver()
+    async with create_persistence(driver) as p:
+        first, second = [await p.checkpoints.put("t", state(i)) for i in range(2)]
+        await driver.commit([Write("thread/t", (Put(f"checkpoint/{first.id}", b"junk"),), 5)])
+        await p.checkpoints.delete("t", second.id)
+        for _ in range(2):
+            for read in (
+                p.checkpoints.get("t"),
+                p.checkpoints.get_meta("t"),
+                p.checkpoints.get("t", first.id),
+            ):
+                with pytest.raises(CorruptRecordError):
+                    await read
+            assert [meta.corrupt is not None for meta in await p.checkpoints.list("t")] == [True]
+            assert [thread.thread_id for thread in await p.checkpoints.list_threads()] == ["t"]
+            await p.repair()
+        await p.checkpoints.put("t", 5)
+        assert await p.checkpoints.get("t") == 5
+        assert len(await p.checkpoints.list("t")) == 2
+        assert await p.checkpoints.delete("t") == 2
+        assert await p.checkpoints.get("t") is None
 
 
 async def test_a_fork_with_bad_arguments_makes_no_thread() -> None:

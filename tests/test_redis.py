@@ -362,6 +362,14 @@ async def test_a_client_without_a_time_out_is_given_up_in_time_too(server: Serve
         await proxy.resume()
 
 
+async def test_a_client_of_few_connections_makes_calls_wait(server: Servers) -> None:
+    async with (
+        Redis(port=server("redis").port, max_connections=2) as client,
+        opened("", client=client) as driver,
+    ):
+        assert await asyncio.gather(*(driver.get([Key("p", "a")]) for _ in range(20))) == [[None]] * 20
+
+
 async def test_an_empty_key_is_scanned_like_any_other(server: Servers) -> None:
     async with opened(server("redis").url) as driver:
         await driver.commit([Write("p", (Put("", b"x"), Put("a", b"y")), 1), create("q", "")])
