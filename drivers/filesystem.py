@@ -248,6 +248,9 @@ class FilesystemDriver:
         durability: Durability = "power",
         create: bool = True,
     ) -> None:
+        if "\0" in os.fspath(path):
+            message = f"path={path!r}: no folder has NUL in its name"
+            raise ConfigurationError(message)
         self._path = Path(path)
         self._namespace = check_namespace(namespace)
         self._power = check_durability(durability) == "power"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sortedcontainers import SortedDict, SortedList
 
 from persistence.driver import ABSENT, Check, Entry, Key, Op, Page, Put, Write, page_of
+from persistence.errors import ConfigurationError
 from persistence.options import Durability, check_durability, check_namespace, flag, split_url
 
 __all__ = ["MemoryDriver", "from_url", "memory_driver"]
@@ -109,7 +110,11 @@ memory_driver = MemoryDriver
 
 def from_url(url: str) -> MemoryDriver:
     """Return the driver of ``memory://?namespace=…``."""
-    return MemoryDriver(**split_url(url, {"namespace": str, "durability": str, "create": flag}).options)
+    parts, options, _ = split_url(url, {"namespace": str, "durability": str, "create": flag})
+    if parts.netloc or parts.path.strip("/"):
+        message = "a memory:// URL names nothing: what is in memory has no place and no name"
+        raise ConfigurationError(message)
+    return MemoryDriver(**options)
 
 
 def _holds(op: Op, entries: dict[str, Entry]) -> bool:

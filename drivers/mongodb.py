@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -150,6 +151,7 @@ class MongoDBDriver:
         self._create = create
         self._sharded = False
         self._timeout = timeout
+        self._connect_timeout = min(connect_timeout, timeout)
         self._given = client
         self._client = client
         self._collection: AsyncCollection[_Document] | None = None
@@ -185,7 +187,8 @@ class MongoDBDriver:
             if self._client is None:
                 self._client = self._connect()
             with self._translated():
-                await self._check_server(self._client)
+                with pymongo.timeout(self._connect_timeout):  # replaces serverSelectionTimeoutMS
+                    await self._check_server(self._client)
                 await self._check_collection(self._client)
                 self._collection = self._client[self._database].get_collection(
                     self._name, CodecOptions(), ReadPreference.PRIMARY, self._durable, _SNAPSHOT
@@ -273,10 +276,16 @@ class MongoDBDriver:
 
     def _connect(self) -> AsyncMongoClient[Any]:
         try:
-            return AsyncMongoClient(self._url, **self._options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # pymongo leaves out an option it does not know
+                return AsyncMongoClient(self._url, **self._options)
+        except UserWarning as error:
+            what = str(error) if str(error).startswith("Unknown option") else "an option has no valid value"
+            message = f"mongodb: {what}; ours are {', '.join(sorted(_OPTIONS))}, others are pymongo's"
+            raise ConfigurationError(message) from None
         except (TypeError, ValueError, errors.PyMongoError):
             # Not even as the cause: it may quote a part of the password out of a malformed URL.
-            message = f"mongodb: cannot use this URL with the options {', '.join(sorted(self._options))}"
+            message = f"mongodb: pymongo cannot use {masked_url(self._url)!r}, or one of the options given"
             raise ConfigurationError(message) from None
 
     async def _check_server(self, client: AsyncMongoClient[Any]) -> None:

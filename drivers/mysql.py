@@ -581,16 +581,9 @@ def from_url(url: str) -> MySQLDriver:
 def _parts(url: str) -> dict[str, Any]:
     """Return the URL as options of the client's ``connect``."""
     parts = take_apart(url)
-    try:
-        port = parts.port
-    except ValueError:
-        port = -1
-    # Such an URL would be taken apart in the middle of its password, and shown.
-    if port == -1:
-        raise ConfigurationError("mysql: this is no URL; percent-encode / ? # @ : % in user and password")
     said = {
         "host": parts.hostname,
-        "port": port,
+        "port": parts.port,
         "user": parts.username and unquote(parts.username),
         "password": parts.password and unquote(parts.password),
         "db": unquote(parts.path[1:]),

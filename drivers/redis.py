@@ -374,7 +374,7 @@ class RedisDriver:
             return Redis.from_url(self._url, **self._options)
         except (TypeError, ValueError, exceptions.RedisError, exceptions.RedisClusterException):
             # Not even as the cause: it may quote a part of the password out of a malformed URL.
-            message = f"redis: cannot use this URL with the options {', '.join(sorted(self._options))}"
+            message = f"redis: redis-py cannot use {masked_url(self._url)!r}, or one of the options given"
             raise ConfigurationError(message) from None
 
     def _nodes(self) -> list[_Executor]:
@@ -562,6 +562,9 @@ redis_driver = RedisDriver
 def from_url(url: str) -> RedisDriver:
     """Return the driver of ``redis://host:port/db?namespace=…``; options it does not know go to redis-py."""
     split = split_url(url, _OPTIONS, others=True)
+    if split.path and not split.path.isdigit():
+        message = f"redis: {split.path!r} is no number of a database: use redis://host:port/0"
+        raise ConfigurationError(message)
     return RedisDriver(split.url, **split.options)
 
 

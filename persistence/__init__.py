@@ -33,15 +33,11 @@ from persistence.records import (
 from persistence.repositories import Deleted, StoredMessage
 
 if TYPE_CHECKING:
-    from persistence.drivers import (
-        filesystem_driver,
-        memory_driver,
-        mongodb_driver,
-        mysql_driver,
-        postgresql_driver,
-        redis_driver,
-        sqlite_driver,
-    )
+    from persistence.drivers import filesystem_driver, memory_driver, sqlite_driver
+    from persistence.drivers import mongodb_driver as mongodb_driver
+    from persistence.drivers import mysql_driver as mysql_driver
+    from persistence.drivers import postgresql_driver as postgresql_driver
+    from persistence.drivers import redis_driver as redis_driver
 
 __version__ = "0.1.0"
 
@@ -71,20 +67,23 @@ __all__ = [
     "create_persistence",
     "filesystem_driver",
     "memory_driver",
-    "mongodb_driver",
-    "mysql_driver",
     "new_id",
-    "postgresql_driver",
-    "redis_driver",
     "sqlite_driver",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # A driver's file, and with it its client library, is imported when it is asked for.
-    if name in __all__:
+    if name.endswith("_driver"):
         from persistence import drivers
 
-        return getattr(drivers, name)
+        if name in drivers.__all__:
+            return getattr(drivers, name)
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    from persistence import drivers
+
+    return sorted({*globals(), *drivers.__all__})

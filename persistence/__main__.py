@@ -25,6 +25,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
     try:
         app(prog_name="persistence")
+    except OSError as error:  # what the store raises is told by the command itself: this is the output's
+        print(f"persistence: {error}", file=sys.stderr)
+        sys.exit(1)
     finally:
         _flush(sys.__stdout__)
 
@@ -35,7 +38,7 @@ def _flush(output: TextIO | None) -> None:
         return
     try:
         output.flush()
-    except BrokenPipeError:
+    except OSError:  # nobody reads it, or the disk is full: `app` has told that
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
 
 

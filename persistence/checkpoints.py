@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from math import isfinite
+from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
 import msgspec
@@ -22,6 +21,7 @@ from persistence.calls import Repository, public
 from persistence.collection import Listing, Place, check_cursor
 from persistence.driver import Key
 from persistence.errors import CorruptRecordError, InvalidValueError, NotFoundError
+from persistence.ids import as_ms
 from persistence.keys import after as after_key
 from persistence.keys import encode_id, newest_first
 from persistence.pieces import cut
@@ -331,7 +331,9 @@ class Checkpoints(Repository):
         """
         source = await self.threads.find(thread_id, checkpoint_id)
         if source is None:
-            message = f"no checkpoint {checkpoint_id!r:.80}"
+            message = (
+                f"no checkpoint {checkpoint_id!r:.80}" if checkpoint_id else f"no thread {thread_id!r:.80}"
+            )
             raise NotFoundError(message, partition=self.threads.partition(thread_id))
         new = New(
             cut=cut(None),
@@ -794,8 +796,8 @@ class Checkpoints(Repository):
         if limit is not None and limit < 1:
             return found
         reverse = order_dir == "ASC"  # the keys sort the newest first
-        start = "" if before is None else newest_first(_ms(before, "before") - 1)
-        end = None if after is None else newest_first(_ms(after, "after"))
+        start = "" if before is None else newest_first(as_ms(before, "before") - 1)
+        end = None if after is None else newest_first(as_ms(after, "after"))
         if order_by == "id":
             all_of_them = [item async for _, item in self._named(threads, place, start, end, match)]
             all_of_them.sort(key=lambda item: item[1].id, reverse=not reverse)
@@ -993,27 +995,11 @@ def _cap(cap: int | None, what: str) -> int | None:
     return cap
 
 
-def _ms(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        message = f"{what}={value!r:.80}: use Unix milliseconds"
-        raise InvalidValueError(message)
-    whole = int(value // 1)
-    if not -_INT64 <= whole < _INT64:
-        message = f"{what}={value!r:.80}: use milliseconds within 64 bits"
-        raise InvalidValueError(message)
-    return whole
-
-
 def _time(value: Any, what: str) -> int | None:
     """Return a time in milliseconds: given as such, as a datetime, or as a clock to ask."""
     if value is None:
         return None
-    if isinstance(value, datetime):
-        moment = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
-        return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
-    if callable(value):
-        return _time(value(), what)
-    return _ms(value, what)
+    return as_ms(value() if callable(value) else value, what)
 
 
 def _text_or_none(value: str | None, what: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from rich.text import Text
 import persistence
 from persistence.codec import encode
 from persistence.connect import Persistence, create_persistence, driver_from_url
+from persistence.driver import Driver
 from persistence.errors import ConfigurationError, InvalidKeyError, InvalidValueError, PersistenceError
 from persistence.importing import (
     Conversation,
@@ -63,7 +65,8 @@ app = typer.Typer(
 
     A store is named by an URL: sqlite:///relative.db, sqlite:////absolute.db, file:///folder,
     postgresql://, mysql://, redis://, mongodb://… The environment variable PERSISTENCE_URL stands
-    for an URL left out, and keeps a password out of the list of processes.
+    for an URL left out, and keeps a password out of the list of processes. PERSISTENCE_KEYS has the
+    keys of an encrypted store: base64, separated by commas.
     """,
     add_completion=False,
     no_args_is_help=True,
@@ -135,7 +138,7 @@ def import_(
 
         async def work() -> None:
             nonlocal importer
-            async with create_persistence(to) as p:
+            async with create_persistence(await _keyed(to)) as p:
                 importer = Importer(p, image, container)
                 importer.on_problem = lambda number, reason: typer.echo(
                     f"line {number}: {_one_line(reason)}", err=True
@@ -195,7 +198,7 @@ def sessions(
         _fail("give --container or --image, not both", 2)
 
     async def work() -> tuple[list[SessionRecord], list[int], str | None]:
-        async with create_persistence(_existing(url)) as p:
+        async with create_persistence(await _keyed(_existing(url))) as p:
             if container is not None:
                 found = await p.sessions.find_sessions_by_container_id(container, limit=limit, cursor=cursor)
             elif image is not None:
@@ -239,7 +242,7 @@ def show(
         _fail("give an URL and a session, or a session and the URL in PERSISTENCE_URL", 2)
 
     async def work() -> tuple[SessionRecord | None, list[StoredMessage], int]:
-        async with create_persistence(_existing(store)) as p:
+        async with create_persistence(await _keyed(_existing(store))) as p:
             return await asyncio.gather(
                 p.sessions.find_session_by_id(session_id),
                 p.sessions.read_messages(session_id, last=last),
@@ -286,7 +289,7 @@ def repair(
         bar = progress.add_task("repair", total=None)
 
         async def work() -> RepairReport:
-            async with create_persistence(_existing(url)) as p:
+            async with create_persistence(await _keyed(_existing(url))) as p:
                 return await p.repair(
                     dry_run=dry_run, progress=lambda count: progress.update(bar, completed=count)
                 )
@@ -504,6 +507,25 @@ def _existing(url: str) -> str:
     if scheme.lower() not in ("sqlite", "file") or re.search(r"[?&]create=", rest):
         return url
     return f"{url}{'&' if '?' in rest else '?'}create=false"
+
+
+async def _keyed(url: str) -> Driver | str:
+    """Return what to open: the store itself, or where keys are given what it holds encrypted."""
+    keys = os.environ.get("PERSISTENCE_KEYS")
+    if not keys:
+        return url
+    try:
+        decoded = [base64.b64decode(key, validate=True) for key in keys.split(",")]
+    except ValueError:
+        message = "PERSISTENCE_KEYS: write keys of 32 bytes in base64, separated by commas"
+        raise ConfigurationError(message) from None
+
+    def make() -> Driver:
+        from persistence.encryption import encrypted
+
+        return encrypted(url, *decoded)
+
+    return await asyncio.to_thread(make)  # importing reads the disk
 
 
 # ---- printing

@@ -662,7 +662,10 @@ def _unknown(group: _Group, cause: BaseException | None) -> PersistenceError:
         and cause.partition in (None, group.partition)
     ):
         return cause  # the driver says why it cannot work: that tells the caller more
-    error = OutcomeUnknownError("the store does not tell whether this was written", partition=group.partition)
+    message = "the store does not tell whether this was written"
+    if isinstance(cause, PersistenceError | OSError):
+        message = f"{message}: {cause}"
+    error = OutcomeUnknownError(message, partition=group.partition)
     error.__cause__ = cause
     return error
 

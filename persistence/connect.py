@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from persistence.calls import Repository, public
 from persistence.checkpoints import Checkpoints
@@ -110,6 +110,12 @@ class _Opening:
         self._clock = clock
         self._opened: Persistence | None = None
 
+    if not TYPE_CHECKING:  # a checker finds that out by itself
+
+        def __getattr__(self, name: str) -> Any:
+            message = f"no {name!r} yet: write  p = await create_persistence(…), or  async with … as p"
+            raise AttributeError(message)
+
     def __await__(self) -> Generator[Any, None, Persistence]:
         return self._open().__await__()
 
@@ -131,7 +137,7 @@ class _Opening:
         if isinstance(driver, str):
             # In a thread: looking up an entry point reads the disk, and importing a client takes a while.
             driver = await asyncio.to_thread(driver_from_url, driver)
-        persistence = Persistence(_checked(driver), clock=self._clock)
+        persistence = Persistence(checked_driver(driver), clock=self._clock)
         await persistence._coalescer.open()
         return persistence
 
@@ -155,7 +161,7 @@ def create_persistence(driver: Driver | str | None = None, *, clock: Clock = now
                 "so everything is in memory and lost when this process ends"
             )
             driver = "memory://"
-    return _Opening(driver if isinstance(driver, str) else _checked(driver), clock)
+    return _Opening(driver if isinstance(driver, str) else checked_driver(driver), clock)
 
 
 def driver_from_url(url: str) -> Driver:
@@ -187,7 +193,8 @@ def driver_from_url(url: str) -> Driver:
     return driver
 
 
-def _checked(driver: Driver) -> Driver:
+def checked_driver(driver: Driver) -> Driver:
+    """Return `driver`; raise `ConfigurationError` if it is none."""
     if isinstance(driver, type):
         message = (
             f"{driver.__name__} is a class: give create_persistence a driver object, {driver.__name__}(…)"

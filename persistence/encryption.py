@@ -9,6 +9,9 @@ the ids and names in them, times, sizes and versions.
 Stored: one byte 1, four bytes that tell the key (the beginning of its
 SHA-256), the nonce, the ciphertext with its tag. With random nonces one key is
 good for about 2**32 values (NIST SP 800-38D, 8.3): rotate it before that.
+
+The command reads keys, in base64 and separated by commas, from the environment
+variable PERSISTENCE_KEYS.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+from persistence.connect import checked_driver, driver_from_url
 from persistence.driver import Driver, Entry, Key, Op, Page, Put, Write
 from persistence.errors import ConfigurationError, CorruptRecordError
 from persistence.options import missing_client
@@ -38,22 +42,22 @@ _NONCE = 12
 
 
 class EncryptedDriver:
-    """The driver `driver`, its values encrypted.
+    """The driver `driver`, or the one that an URL names, its values encrypted.
 
     `keys` are 32 random bytes each (``secrets.token_bytes(32)``): the first
     encrypts, all decrypt. To rotate, put a new one in front; values are
     encrypted anew as they are written.
     """
 
-    def __init__(self, driver: Driver, *keys: bytes) -> None:
+    def __init__(self, driver: Driver | str, *keys: bytes) -> None:
         if not keys or not all(isinstance(key, bytes) and len(key) == KEY_BYTES for key in keys):
             message = f"encrypted() needs one or more keys of {KEY_BYTES} bytes"
             raise ConfigurationError(message)
-        self._driver = driver
+        self._driver = driver_from_url(driver) if isinstance(driver, str) else checked_driver(driver)
         self._ciphers = {_name(key): AESGCM(key) for key in keys}
         self._head = _MARK + _name(keys[0])
         self._cipher = self._ciphers[_name(keys[0])]
-        self.lanes: int = getattr(driver, "lanes", 1)
+        self.lanes: int = getattr(self._driver, "lanes", 1)
 
     def __repr__(self) -> str:
         return f"encrypted({self._driver!r})"

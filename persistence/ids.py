@@ -1,4 +1,4 @@
-"""New ids: UUID version 7, strictly rising within a process.
+"""Times, and new ids: UUID version 7, strictly rising within a process.
 
 RFC 9562, section 6.2, method 1 with a counter: 48 bits of Unix milliseconds,
 12 bits that start at a random number below 2**11 and count up within a
@@ -15,8 +15,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from math import isfinite
+from typing import Any
 
-__all__ = ["Clock", "IdFactory", "new_id", "now_ms", "random_version"]
+from persistence.errors import InvalidValueError
+
+__all__ = ["Clock", "IdFactory", "as_ms", "new_id", "now_ms", "random_version"]
+
+_INT64 = 1 << 63
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _MAX_MS = 0xFFFF_FFFF_FFFE  # one less than fits: the counter may carry
 
@@ -27,6 +35,27 @@ Clock = Callable[[], int]
 def now_ms() -> int:
     """Return Unix time in milliseconds."""
     return time.time_ns() // 1_000_000
+
+
+def as_ms(value: Any, what: str) -> int:
+    """Return a time in Unix milliseconds: given as such, or as a datetime.
+
+    Raises `InvalidValueError`, also for a datetime without a time zone, which
+    could be meant to be local or in UTC.
+    """
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            message = f"{what}={value!r}: say in which time zone, for instance datetime.now(UTC)"
+            raise InvalidValueError(message)
+        return (value - _EPOCH) // timedelta(milliseconds=1)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        message = f"{what}={value!r:.80}: use Unix milliseconds, or a datetime"
+        raise InvalidValueError(message)
+    whole = int(value // 1)
+    if not -_INT64 <= whole < _INT64:
+        message = f"{what}={value!r:.80}: use milliseconds within 64 bits"
+        raise InvalidValueError(message)
+    return whole
 
 
 class IdFactory:

@@ -96,6 +96,11 @@ def take_apart(url: str) -> SplitResult:
     if parts is None or (parts.netloc and "@" in parts.path + parts.query + parts.fragment):
         message = f"{masked_url(url)!r} is no URL; percent-encode / ? # @ : % [ ] and all but ASCII"
         raise ConfigurationError(message)
+    for host in parts.netloc.rpartition("@")[2].split(","):
+        port = host.rpartition("]")[2].partition(":")[2]
+        if port and not (port.isdecimal() and int(port) < 1 << 16):
+            message = f"{masked_url(url)!r}: a port is a number up to 65535; percent-encode : in a password"
+            raise ConfigurationError(message)
     return parts
 
 
@@ -125,7 +130,7 @@ def split_url(url: str, known: Mapping[str, Callable[[str], Any]], *, others: bo
             message = f"{parts.scheme}:// URL: option {name}={text!r} is no {_kind(convert)}"
             raise ConfigurationError(message) from error
     # urlunsplit would drop the empty authority of "file:///x".
-    query = f"?{urlencode(rest)}" if rest else ""
+    query = f"?{urlencode(rest, safe=':,')}" if rest else ""
     return SplitURL(parts, options, url.partition("?")[0] + query)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection as AbstractCollection
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from persistence.errors import (
     PersistenceError,
     UnavailableError,
 )
+from persistence.ids import as_ms
 from persistence.keys import encode_id
 from persistence.log import APPEND_BYTES, APPEND_ENTRIES, Item, Log, Tail
 from persistence.records import (
@@ -235,18 +237,19 @@ class Sessions(Repository):
 
     @public
     async def set_expiry(
-        self, session_id: str, expires_at: int | None, *, timeout: float | None = None
+        self, session_id: str, expires_at: int | datetime | None, *, timeout: float | None = None
     ) -> SessionRecord:
-        """Say when a session is to go (milliseconds), or with None that it stays; return its record.
+        """Say when a session is to go (in milliseconds if a number), or with None that it stays.
 
-        Raises `NotFoundError` if there is no such session.
+        Returns its record. Raises `NotFoundError` if there is no such session.
         """
+        at = None if expires_at is None else as_ms(expires_at, "expires_at")
 
         def change(record: SessionRecord) -> None:
-            record.expires_at = expires_at
+            record.expires_at = at
 
-        if expires_at is not None:
-            await self._deadlines.put(SESSIONS.partition(session_id), _milliseconds(expires_at))
+        if at is not None:
+            await self._deadlines.put(SESSIONS.partition(session_id), at)
         return await self.records.update(session_id, change, missing=f"no session {session_id!r:.80}")
 
     @public
@@ -436,7 +439,10 @@ class Sessions(Repository):
         partition = SESSIONS.partition(getattr(record, "session_id", ""))
         expires_at = getattr(record, "expires_at", None)
         if expires_at is not None:
-            await self._deadlines.put(partition, _milliseconds(expires_at))
+            if not isinstance(expires_at, int):
+                message = f"expires_at={expires_at!r:.80}: a record has Unix milliseconds"
+                raise InvalidValueError(message)
+            await self._deadlines.put(partition, as_ms(expires_at, "expires_at"))
         return await self.records.save(
             record,
             expected_version=expected_version,
@@ -697,13 +703,12 @@ class Images(Repository):
 
     async def _delete(self, image_id: str, *, cascade: bool) -> Deleted:
         deleted = await self.records.delete(image_id, cascade=cascade)
-        if deleted is None:
-            return Deleted()
-        removed = Deleted(images=1)
+        removed = Deleted(images=int(deleted is not None))
         if cascade:
             partition = IMAGES.partition(image_id)
             removed += await self.delete_children(partition)
-            await self.records.finish(partition, deleted.version)
+            if deleted is not None:
+                await self.records.finish(partition, deleted.version)
         return removed
 
     async def delete_children(self, partition: str) -> Deleted:
@@ -978,13 +983,12 @@ class Containers(Repository):
         The container goes first, its content one by one. Interrupted, `repair` goes on.
         """
         deleted = await self.records.delete(container_id, cascade=cascade)
-        if deleted is None:
-            return Deleted()
-        removed = Deleted(containers=1)
+        removed = Deleted(containers=int(deleted is not None))
         if cascade:
             partition = CONTAINERS.partition(container_id)
             removed += await self.delete_children(partition)
-            await self.records.finish(partition, deleted.version)
+            if deleted is not None:
+                await self.records.finish(partition, deleted.version)
         return removed
 
     async def delete_children(self, partition: str) -> Deleted:
@@ -1012,13 +1016,6 @@ def _number(value: int | None) -> int | None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_NUMBER:
         message = f"{value!r} is no number of a message: use a whole number from 0 on"
-        raise InvalidValueError(message)
-    return value
-
-
-def _milliseconds(value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not -_INT64 <= value < _INT64:
-        message = f"expires_at={value!r:.80}: use Unix milliseconds"
         raise InvalidValueError(message)
     return value
 

@@ -118,10 +118,10 @@ class Store:
         try:
             body = decoder.decode(entry.value)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            message = f"{_newer(entry.value) or 'what is stored is no valid object'}: {error}"
+            message = f"{_foreign(entry.value) or 'what is stored is no valid object'}: {error}"
             raise CorruptRecordError(message, partition=partition, key=entry.key) from error
         if body.f != FORMAT:
-            message = _newer(entry.value) or f"unknown format {body.f}"
+            message = _foreign(entry.value) or f"unknown format {body.f}"
             raise CorruptRecordError(message, partition=partition, key=entry.key)
         return body
 
@@ -172,7 +172,9 @@ def _chunk_key(id: str, index: int) -> str:
     return f"{CHUNK}{id}/{index:06d}"
 
 
-def _newer(text: bytes) -> str | None:
+def _foreign(text: bytes) -> str | None:
+    if text.startswith(b"\x01"):
+        return "it is encrypted (persistence.encryption), and was not decrypted"
     try:
         found = _format.decode(text).f
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
@@ -289,6 +290,24 @@ async def test_a_copy_that_failed_can_be_made_again() -> None:
             await asyncio.sleep(0.01)
         assert await p.checkpoints.copy_thread("t", "u") == 1
         assert await p.checkpoints.get("u") == state(3)
+
+
+async def test_a_time_without_a_zone_is_refused() -> None:
+    local = datetime(2026, 1, 2)
+    async with create_persistence(MemoryDriver()) as p:
+        await p.checkpoints.put("t", 1)
+        await p.sessions.save_session(SessionRecord(session_id="s", image_id="i", container_id="c"))
+        for call in (
+            lambda: p.checkpoints.put("t", 1, expires_at=local),
+            lambda: p.checkpoints.put("t", 1, now=local),
+            lambda: p.checkpoints.set_expiry("t", local),
+            lambda: p.checkpoints.prune(older_than=local),
+            lambda: p.sessions.set_expiry("s", local),
+        ):
+            with pytest.raises(InvalidValueError, match="time zone"):
+                await call()
+        at = datetime(2026, 1, 2, tzinfo=UTC)
+        assert (await p.sessions.set_expiry("s", at)).expires_at == at.timestamp() * 1000
 
 
 async def test_versions_and_cursors_of_other_kinds_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import pty
@@ -73,6 +74,30 @@ def imported(url: str, tmp_path: Path, conversations: Conversations) -> str:
 def test_conversations_come_back_identical(imported: str, conversations: Conversations) -> None:
     ids = [conversation["session_id"] for conversation in conversations]
     assert asyncio.run(stored(imported, ids)) == [one["messages"] for one in conversations]
+
+
+def test_a_store_is_encrypted_with_the_keys_of_the_environment(
+    url: str, tmp_path: Path, conversations: Conversations
+) -> None:
+    lines = write(tmp_path / "some.jsonl", conversations[:1])
+    session, secret = conversations[0]["session_id"], conversations[0]["messages"][-1]["content"].encode()
+    keys = {"PERSISTENCE_KEYS": base64.b64encode(bytes(32)).decode()}
+    assert run("import", lines, "--to", url, **keys).exit_code == 0
+    shown = run("show", url, session, "--json", **keys)
+    assert json.loads(shown.stdout.splitlines()[-1])["message"] == conversations[0]["messages"][-1]
+    assert run("repair", url, **keys).exit_code == 0
+    assert not any(secret in path.read_bytes() for path in tmp_path.glob("store.db*"))
+    assert "encrypted" in run("show", url, session).output
+    assert "PERSISTENCE_KEYS" in run("show", url, session, PERSISTENCE_KEYS="x").output
+
+
+def test_a_full_disk_under_the_output_is_told_in_a_line(imported: str) -> None:
+    with open("/dev/full", "wb") as full:
+        command = (sys.executable, "-m", "persistence", "sessions", imported, "--json")
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"persistence: ")
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_the_other_fields_of_a_line_are_kept_in_the_session(

@@ -205,6 +205,24 @@ asyncio.run(main())
     assert result.stdout == "tiny://host/x?y=1\n", result.stderr
 
 
+def test_what_was_forgotten_to_be_awaited_is_told() -> None:
+    with pytest.raises(AttributeError, match="await create_persistence"):
+        create_persistence("memory://").sessions  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_everything_can_be_imported_where_no_client_library_is() -> None:
+    code = """
+import sys
+for name in ("aiomysql", "asyncmy", "asyncpg", "pymongo", "redis"):
+    sys.modules[name] = None
+from persistence import *
+sqlite_driver
+import persistence
+assert "postgresql_driver" in dir(persistence)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_brings_no_client_library_along(tmp_path: Path) -> None:
     script = """
 import sys, persistence

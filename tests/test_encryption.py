@@ -27,6 +27,12 @@ class TestEncryptedDriver(DriverConformance):
         return lambda: driver
 
 
+def test_an_url_does_as_well_as_a_driver_and_nothing_else_does() -> None:
+    assert repr(encrypted("memory://", KEY)) == repr(encrypted(memory_driver(), KEY))
+    with pytest.raises(ConfigurationError):
+        encrypted(object(), KEY)  # type: ignore[arg-type]
+
+
 async def test_an_api_key_is_nowhere_in_the_store() -> None:
     inner = memory_driver()
     provider = LLMProviderRecord(

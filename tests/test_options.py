@@ -51,6 +51,25 @@ async def test_no_part_of_a_password_is_shown_that_is_not_encoded(make: Any, sec
             error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("redis://h/abc", "database"),
+        ("redis://h/1/2", "database"),
+        ("redis://h:x/0", "port"),
+        ("postgresql://h:99999/d", "port"),
+        ("postgresql://h1:1,h2:70000/d", "port"),
+        ("mysql://h:70000/d", "port"),
+        ("mongodb://127.0.0.1:1/d?namespce=tenant", "namespce"),
+        ("file:///tmp/x%00", "NUL"),
+        ("memory://x", "memory"),
+    ],
+)
+async def test_what_is_wrong_in_a_url_is_named(url: str, named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        await create_persistence(url)
+
+
 def test_options_are_taken_out_of_a_url_and_the_rest_is_left() -> None:
     split = split_url(
         "x://u:p@h/d%20e?create=no&size=3&ssl=on&t=1.5",

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from persistence import ImageRecord, Persistence, create_persistence, memory_driver
+from persistence import ImageRecord, Persistence, SessionRecord, create_persistence, memory_driver
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -36,13 +36,17 @@ async def run(code: str, names: dict[str, Any]) -> None:
 
 
 async def prepared(p: Persistence) -> None:
-    await p.sessions.save_session({"session_id": "s1", "image_id": "img_1", "container_id": "c1"})
-    await p.sessions.add_messages("s1", [{"n": n} for n in range(1, 41)])
+    await p.sessions.add_messages("s1", [{"role": "user"}, {"role": "assistant"}])  # the quick start
 
 
 async def test_the_other_examples_run() -> None:
     async with create_persistence(memory_driver()) as p:
         await prepared(p)
-        names = {"p": p, "ImageRecord": ImageRecord, "message": {"n": 41}, "state": {"messages": [1]}}
-        await run(block('idempotency_key="turn-7"'), dict(names))
+        names = {
+            "p": p,
+            "ImageRecord": ImageRecord,
+            "SessionRecord": SessionRecord,
+            "state": {"messages": [1]},
+        }
+        await run(block('idempotency_key="turn-2"'), dict(names))
         await run(block("p.checkpoints.put").replace("state = await", "found = await"), dict(names))

@@ -577,6 +577,21 @@ async def test_deleting_a_container_takes_all_that_is_in_it_along(p: Persistence
     assert ids(await p.containers.find_all_containers(), "container_id") == ["other"]
 
 
+async def test_what_was_never_saved_or_is_deleted_already_takes_its_children_along_too(
+    p: Persistence,
+) -> None:
+    await p.images.save_image(ImageRecord(image_id="i", container_id="c", session_id="s", name="n"))
+    await p.sessions.save_session(SessionRecord(session_id="t", image_id="j", container_id="c"))
+    assert await p.images.delete_image("j") == Deleted(sessions=1)
+    removed = await p.containers.delete_container("c")
+    assert (removed.containers, removed.images) == (0, 1)
+    assert not await p.containers.delete_container("c")
+    await p.containers.save_container(ContainerRecord(container_id="c"))
+    assert await p.containers.delete_container("c", cascade=False) == Deleted(containers=1)
+    await p.images.save_image(ImageRecord(image_id="k", container_id="c", session_id="s", name="n"))
+    assert await p.containers.delete_container("c") == Deleted(images=1)
+
+
 async def test_without_cascade_the_children_stay(p: Persistence) -> None:
     await p.images.save_image(image())
     await p.sessions.save_session(session())
