@@ -11,7 +11,7 @@ from persistence.coalescer import CALL, Call
 from persistence.errors import InvalidValueError, OutcomeUnknownError, UnavailableError
 from persistence.store import Store
 
-__all__ = ["Repository", "public"]
+__all__ = ["Repository", "public", "public_change"]
 
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 T = TypeVar("T")
@@ -30,6 +30,7 @@ def public(method: F) -> F:
     The call is refused where the persistence is closed, or is used on another
     event loop or after a fork. When the time is up it raises
     `UnavailableError` if no write had been sent, else `OutcomeUnknownError`.
+    What writes more than once is a `public_change`.
     """
 
     @functools.wraps(method)
@@ -39,20 +40,48 @@ def public(method: F) -> F:
         try:
             if kwargs.get("timeout") is None:
                 return await method(self, *args, **kwargs)
-            return await _within(kwargs["timeout"], method(self, *args, **kwargs))
+            return await _within(kwargs["timeout"], Call(), method(self, *args, **kwargs))
         finally:
             coalescer.leave()
 
     return cast("F", call)
 
 
-async def _within(timeout: float, work: Awaitable[T]) -> T:
+def public_change(method: F) -> F:
+    """Do what `public` does for a method that writes more than once.
+
+    An `UnavailableError` says that nothing was changed. So what fails after
+    one of its writes was applied is an `OutcomeUnknownError`.
+    """
+
+    @functools.wraps(method)
+    async def call(self: Repository, *args: Any, **kwargs: Any) -> Any:
+        coalescer = self._store.coalescer
+        coalescer.enter()
+        state = Call()
+        token = CALL.set(state)
+        try:
+            if kwargs.get("timeout") is None:
+                return await method(self, *args, **kwargs)
+            return await _within(kwargs["timeout"], state, method(self, *args, **kwargs))
+        except UnavailableError as error:
+            if not state.changed or error.stored is not None:
+                raise
+            message = f"{error.args[0]}; a part of the change was made"
+            raise OutcomeUnknownError(message, partition=error.partition, key=error.key) from error
+        finally:
+            CALL.reset(token)
+            coalescer.leave()
+
+    return cast("F", call)
+
+
+async def _within(timeout: float, call: Call, work: Awaitable[T]) -> T:
     if not isinstance(timeout, int | float) or not timeout >= 0:
         if isinstance(work, Coroutine):
             work.close()
         message = f"timeout={timeout!r}: use seconds, 0 or more, or None to wait"
         raise InvalidValueError(message)
-    call = Call()
     token = CALL.set(call)
     try:
         async with asyncio.timeout(timeout) as limit:

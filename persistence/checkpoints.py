@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from persistence import codec
-from persistence.calls import Repository, public
+from persistence.calls import Repository, public, public_change
 from persistence.collection import Listing, Place, check_cursor
 from persistence.driver import Key
 from persistence.errors import CorruptRecordError, InvalidValueError, NotFoundError
@@ -288,7 +288,7 @@ class Checkpoints(Repository):
             (self._found_meta(thread_id, one) for one in found), cursor=found[-1].id if more else None
         )
 
-    @public
+    @public_change
     async def delete(
         self, thread_id: str, checkpoint_id: str | None = None, *, timeout: float | None = None
     ) -> int:
@@ -306,7 +306,7 @@ class Checkpoints(Repository):
 
     # ---- branches, copies, labels
 
-    @public
+    @public_change
     async def fork(
         self,
         thread_id: str,
@@ -348,7 +348,7 @@ class Checkpoints(Repository):
             thread_id = new_thread_id
         return self._meta(thread_id, await self.threads.fork(thread_id, new, source.id))
 
-    @public
+    @public_change
     async def copy_thread(
         self,
         thread_id: str,
@@ -443,12 +443,12 @@ class Checkpoints(Repository):
             message = f"no thread {thread_id!r:.80}"
             raise NotFoundError(message, partition=self.threads.partition(thread_id))
 
-    @public
+    @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> int:
         """Free the space of the threads whose time has come; return how many checkpoints they had."""
         return await self.threads.delete_all_expired()
 
-    @public
+    @public_change
     async def prune(
         self,
         thread_id: str | None = None,
@@ -548,17 +548,17 @@ class Checkpoints(Repository):
         items = (AgentCheckpointListItem(**self._agent_fields(id, body)) for id, body in page)
         return Listing(items, cursor=page.cursor)
 
-    @public
+    @public_change
     async def delete_checkpoint(self, id: str, *, timeout: float | None = None) -> bool:
         """Delete a checkpoint of an agent; tell whether there was one."""
         return await self._delete_named(self.agents, id)
 
-    @public
+    @public_change
     async def delete_agent_checkpoints(self, agent_id: str, *, timeout: float | None = None) -> int:
         """Delete all checkpoints of an agent; return how many."""
         return await self.agents.delete(agent_id)
 
-    @public
+    @public_change
     async def prune_checkpoints(
         self,
         agent_id: str | None = None,
@@ -645,17 +645,17 @@ class Checkpoints(Repository):
         items = (AppCheckpointListItem(**self._app_fields(id, body)) for id, body in page)
         return Listing(items, cursor=page.cursor)
 
-    @public
+    @public_change
     async def delete_app_checkpoint(self, id: str, *, timeout: float | None = None) -> bool:
         """Delete a checkpoint of an application; tell whether there was one."""
         return await self._delete_named(self.apps, id)
 
-    @public
+    @public_change
     async def delete_session_checkpoints(self, session_id: str, *, timeout: float | None = None) -> int:
         """Delete all checkpoints that applications stored for a session; return how many."""
         return await self.apps.delete(session_id)
 
-    @public
+    @public_change
     async def prune_app_checkpoints(
         self,
         session_id: str | None = None,

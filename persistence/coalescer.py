@@ -84,11 +84,12 @@ if hasattr(os, "register_at_fork"):
 
 
 class Call:
-    """What a public call with a timeout needs to know when its time is up."""
+    """What a public call needs to know when its time is up, or it fails after a change."""
 
-    __slots__ = ("sent",)
+    __slots__ = ("changed", "sent")
 
     def __init__(self) -> None:
+        self.changed = False  # True once a write of this call was applied, hints aside
         self.sent = False  # True once a write of this call may leave, whatever becomes of its caller
 
 
@@ -234,6 +235,9 @@ class _Group(msgspec.Struct, eq=False):
         """Give every member its answer."""
         self.settled = True
         for member in self.members:
+            if member.calls and version and not self.hint:
+                for call in member.calls:
+                    call.changed = True
             if not member.reply.done():
                 member.reply.set_result(version)
 
@@ -348,7 +352,8 @@ class Coalescer:
         future: asyncio.Future[list[Entry | None]] = self.loop.create_future()
         self._reads.append((keys, future))
         if self._reader is None:
-            self._reader = self.loop.create_task(self._read())
+            # Never an eager one, which might have ended, and said so, before it is noted here.
+            self._reader = asyncio.Task(self._read(), loop=self.loop)
         return future
 
     async def scan(
@@ -489,7 +494,7 @@ class Coalescer:
 
     def _kick(self, lane: _Lane) -> None:
         if lane.task is None and lane.queue:
-            lane.task = self.loop.create_task(self._commit_lane(lane))
+            lane.task = asyncio.Task(self._commit_lane(lane), loop=self.loop)  # as above
 
     async def _commit_lane(self, lane: _Lane) -> None:
         try:

@@ -237,6 +237,11 @@ class Collection(Generic[R]):
                 raise UnavailableError(message, partition=partition)
             await backoff(attempt)
             attempt += 1
+            if isinstance(body.c, Chunks):
+                # It may have been written, unanswered, and replaced since: then its chunks are
+                # gone, or about to go.
+                await self._drop_chunks(partition, body)
+                await self.store.fill(partition, body, record.to_mapping())
             current = await self.load(self.kind.id_of(record))
 
     async def update(self, id: str, change: Callable[[R], None], *, missing: str) -> R:

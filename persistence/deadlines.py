@@ -13,6 +13,7 @@ import msgspec
 
 from persistence.collection import HintBody
 from persistence.driver import Delete, Entry, Put
+from persistence.errors import CorruptRecordError
 from persistence.keys import after
 from persistence.store import Store, pack
 
@@ -42,6 +43,7 @@ class Deadlines:
     async def sweep(self, kind: str, expire: Callable[[str], Awaitable[object]]) -> None:
         """Call `expire` for each partition of a kind whose time may have come: it looks for itself."""
         coalescer, now = self._store.coalescer, self._store.clock()
+        unreadable: CorruptRecordError | None = None
         async for found in self._hours(f"{hour(now) + 1:012d}"):
             name = f"{_DEADLINES}/{int(found.key)}"
             start, more = "", True
@@ -50,7 +52,11 @@ class Deadlines:
                 for entry in page.entries:
                     due = self._store.unpack(self._hints, name, entry).id
                     if due.startswith(f"{kind}/"):
-                        await expire(due)
+                        try:
+                            await expire(due)
+                        except CorruptRecordError as error:
+                            unreadable = unreadable or error  # told once the others are gone
+                            continue
                         await coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
                 more = page.more
                 if more:
@@ -59,6 +65,8 @@ class Deadlines:
             if not rest.entries and int(found.key) < hour(now):
                 # Refused: a deadline of this hour has come in meanwhile.
                 await coalescer.write(_DEADLINES, [Delete(found.key, found.version)], hint=True)
+        if unreadable is not None:
+            raise unreadable
 
     async def _hours(self, end: str) -> AsyncIterator[Entry]:
         start, more = "", True

@@ -23,6 +23,7 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
@@ -117,6 +118,7 @@ class Item(msgspec.Struct, gc=False):
 
     body: LogBody
     size: int
+    value: Any = UNSET  # only if it lies in chunks
 
 
 class StoredItem(msgspec.Struct, frozen=True, gc=False):
@@ -203,7 +205,8 @@ class Log:
     async def item(self, partition: str, value: Any, at: int | None = None) -> Item:
         """Make the entry for `value`; `at` is its time in milliseconds, by default now."""
         body = LogBody(at=self._store.clock() if at is None else at)
-        return Item(body, _OVERHEAD_BYTES + await self._store.fill(partition, body, value))
+        size = _OVERHEAD_BYTES + await self._store.fill(partition, body, value)
+        return Item(body, size, UNSET if body.c is UNSET else value)
 
     async def append(
         self,
@@ -231,9 +234,20 @@ class Log:
             if once is not None:
                 append.once = self._once + once
             append.expected_last = expected_last
-            return await self._enqueue(partition, append)
+            while not (first := await self._enqueue(partition, append)):
+                # Refused. Perhaps it had been written, unanswered, and another process has hidden
+                # it since: then its chunks are gone, or about to go.
+                await self._refill(partition, items)
+                append = msgspec.structs.replace(append, future=coalescer.loop.create_future(), looked=False)
+            return first
         finally:
             coalescer.room.give(size)
+
+    async def _refill(self, partition: str, items: Sequence[Item]) -> None:
+        for item in items:
+            if isinstance(item.body.c, Chunks):
+                await self._store.drop_chunks(partition, [item.body.c])
+                await self._store.fill(partition, item.body, item.value)
 
     async def edit(
         self, partition: str, make: Callable[[Tail], Awaitable[tuple[Op, ...] | None]]
@@ -448,6 +462,8 @@ class Log:
             deadline = self._store.coalescer.loop.time() + _APPEND_SECONDS
             for append in flight.batch:
                 append.deadline = append.deadline or deadline
+                if not append.future.done() and any(item.value is not UNSET for item in append.items):
+                    append.future.set_result(0)
             return False
         _fail(flight.batch, error)  # it alone has failed, not those behind it
         return True
@@ -458,7 +474,8 @@ class Log:
         try:
             ops = await append.edit(tail) if append.edit is not None else None
             version = -1
-            if ops is not None:
+            # Whoever has given up meanwhile was told that nothing was changed.
+            if ops is not None and not append.future.done():
                 calls = () if append.call is None else (append.call,)
                 for call in calls:
                     call.sent = True
@@ -576,10 +593,11 @@ class Log:
                     return numbers, entries
                 entry = ready.get(number)
                 if entry is None:
-                    wanted = min(
-                        _PAGE, abs(stop - number), limit - len(entries) if limit is not None else _PAGE
-                    )
-                    bounds = (low, number) if newest else (number, high)
+                    # On to the far end: many a hole is small, and one page goes over it.
+                    bounds = (spans[0][0], number) if newest else (number, spans[-1][1])
+                    wanted = min(_PAGE, bounds[1] - bounds[0] + 1)
+                    if limit is not None:
+                        wanted = min(wanted, (limit - len(entries)) * (1 if len(spans) == 1 else 3))
                     page = await self._store.coalescer.scan(
                         partition,
                         self._key(bounds[0]),
@@ -727,8 +745,12 @@ class Log:
             start, end, more = self._key(low), self._key(high + 1), True
             while more:
                 page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
-                bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
-                full = [(entry, body) for entry, body in bodies if body.k != "stub"]
+                full: list[tuple[Entry, LogBody]] = []
+                for entry in page.entries:
+                    with suppress(CorruptRecordError):  # left as it is; `repair` names it
+                        body = self._unpack(partition, entry)
+                        if body.k != "stub":
+                            full.append((entry, body))
                 if dry_run:
                     emptied += len(full)
                 elif full:
@@ -770,26 +792,26 @@ class Log:
                     start = after(page.entries[-1].key)
         return dropped
 
-    async def forget(self, partition: str, tombstone: Delete, before: int) -> None:
-        """Remove a sequence deleted at `before` (ms): its marker and `tombstone` last, in one Write."""
+    async def forget(self, partition: str, tombstone: Delete) -> None:
+        """Remove a deleted sequence: its marker and `tombstone` last, in one Write."""
         tail = await self.tail(partition)
         (marker,) = await self._store.coalescer.get([Key(partition, self._key(tail.number))])
         if not tail.deleted or marker is None:
             return  # saved again meanwhile
-        # Whoever saves it again from here on gets numbers after the marker, and
-        # later times: nothing of his is touched.
+        # Whoever saves it again from here on gets numbers after the marker:
+        # nothing of his is touched.
         await self._store.coalescer.purge(partition, self._prefix, marker.key)
-        await self._forget_onces(partition, before)
+        await self._forget_onces(partition, tail.number)
         await self._store.coalescer.write(
             partition, [tombstone, Delete(marker.key, marker.version)], hint=True
         )
 
-    async def _forget_onces(self, partition: str, before: int) -> None:
+    async def _forget_onces(self, partition: str, number: int) -> None:
         start, end, more = self._once, prefix_end(self._once), True
         while more:
             page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
             bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
-            deletes = [Delete(entry.key, entry.version) for entry, body in bodies if body.at <= before]
+            deletes = [Delete(entry.key, entry.version) for entry, body in bodies if body.n < number]
             if deletes:
                 await self._store.coalescer.write(partition, deletes, hint=True)
             more = page.more
@@ -812,12 +834,20 @@ class Log:
 
 async def _steadily(work: Callable[[], Awaitable[T]]) -> T:
     """Do what reads a sequence, again if entries were hidden meanwhile. What stays missing is corrupt."""
+    missing = set()
     for attempt in range(_READ_TRIES - 1):
         try:
             return await work()
-        except (_ChangedError, MissingChunkError):
+        except (_ChangedError, MissingChunkError) as error:
+            missing.add(str(error))
             await backoff(attempt)
-    return await work()
+    try:
+        return await work()
+    except (_ChangedError, MissingChunkError) as error:
+        if str(error) in missing:
+            raise
+        message = "it is changed faster than it can be read"
+        raise UnavailableError(message, partition=error.partition) from error
 
 
 def _outpaced(partition: str) -> UnavailableError:

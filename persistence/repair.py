@@ -169,7 +169,7 @@ class Repair:
             if not self.dry_run:
                 await drop_chunks(self.store, partition, _nothing, body.deleted + 1)
                 if collection.kind.name == "session":
-                    await self._sessions.log.forget(partition, Delete(RECORD, version), body.deleted)
+                    await self._sessions.log.forget(partition, Delete(RECORD, version))
                 else:
                     await self.store.coalescer.write(partition, [Delete(RECORD, version)], hint=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from persistence.calls import Repository, public
+from persistence.calls import Repository, public, public_change
 from persistence.coalescer import backoff
 from persistence.collection import Collection, HintBody, Kind, Listing, Loaded, Place
 from persistence.deadlines import Deadlines
@@ -136,7 +136,7 @@ class Sessions(Repository):
 
     # ---- records
 
-    @public
+    @public_change
     async def save_session(
         self,
         record: SessionRecord | Mapping[str, Any],
@@ -226,7 +226,7 @@ class Sessions(Repository):
         """Tell whether the session has a record."""
         return await self.records.exists(session_id)
 
-    @public
+    @public_change
     async def delete_session(self, session_id: str, *, timeout: float | None = None) -> Deleted:
         """Delete a session with its messages; return what that removed, nothing if there is none.
 
@@ -235,7 +235,7 @@ class Sessions(Repository):
         """
         return await self._delete(session_id)
 
-    @public
+    @public_change
     async def set_expiry(
         self, session_id: str, expires_at: int | datetime | None, *, timeout: float | None = None
     ) -> SessionRecord:
@@ -252,7 +252,7 @@ class Sessions(Repository):
             await self._deadlines.put(SESSIONS.partition(session_id), at)
         return await self.records.update(session_id, change, missing=f"no session {session_id!r:.80}")
 
-    @public
+    @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> Deleted:
         """Delete the sessions whose time has come, with their messages; return what that removed."""
         removed = Deleted()
@@ -264,7 +264,7 @@ class Sessions(Repository):
         await self._deadlines.sweep(SESSIONS.name, expire)
         return removed
 
-    @public
+    @public_change
     async def fork_session(
         self,
         session_id: str,
@@ -395,12 +395,12 @@ class Sessions(Repository):
         """Count the visible messages. Reads one entry."""
         return (await self.log.tail(SESSIONS.partition(session_id))).visible
 
-    @public
+    @public_change
     async def clear_messages(self, session_id: str, *, timeout: float | None = None) -> int:
         """Remove all messages, at once; return how many. Numbers go on, they do not start again."""
         return await self.log.cut(SESSIONS.partition(session_id), None)
 
-    @public
+    @public_change
     async def truncate_after_message(
         self,
         session_id: str,
@@ -491,6 +491,23 @@ class Sessions(Repository):
             message = f"no session {session_id!r}"
             raise NotFoundError(message, partition=SESSIONS.partition(session_id))
         new_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
+        above = await self._copy(session_id, new_id, through)
+        now = self._store.clock()
+        record = SessionRecord(
+            session_id=new_id,
+            image_id=source.image_id if image_id is None else image_id,
+            container_id=source.container_id if container_id is None else container_id,
+            parent_session_id=session_id,
+            parent_seq=above,
+            created_at=now,
+            updated_at=now,
+            extra=source.extra,
+        )
+        record.version = await self._save(record, ABSENT)
+        return record
+
+    async def _copy(self, session_id: str, new_id: str, through: int | None) -> int:
+        """Copy messages into a session that was never used; return the number of the last one."""
         partition = SESSIONS.partition(new_id)
         if (await self.records.load(new_id)).version or (await self.log.tail(partition)).number:
             message = f"the session id {new_id!r} was used before"
@@ -508,19 +525,7 @@ class Sessions(Repository):
                 await self.log.append(partition, batch, expected_last=copied)
                 copied += len(batch)
             above = page[-1].number
-        now = self._store.clock()
-        record = SessionRecord(
-            session_id=new_id,
-            image_id=source.image_id if image_id is None else image_id,
-            container_id=source.container_id if container_id is None else container_id,
-            parent_session_id=session_id,
-            parent_seq=above,
-            created_at=now,
-            updated_at=now,
-            extra=source.extra,
-        )
-        record.version = await self._save(record, ABSENT)
-        return record
+        return above
 
     async def _item(self, partition: str, message: Mapping[str, Any], at: int | None = None) -> Item:
         if type(message) is not dict:
@@ -565,7 +570,7 @@ class Images(Repository):
         self.records = Collection(store, IMAGES)
         self._sessions = sessions
 
-    @public
+    @public_change
     async def save_image(
         self,
         record: ImageRecord | Mapping[str, Any],
@@ -635,7 +640,7 @@ class Images(Repository):
         """Tell whether there is such an image."""
         return await self.records.exists(image_id)
 
-    @public
+    @public_change
     async def update_metadata(
         self,
         image_id: str,
@@ -656,14 +661,14 @@ class Images(Repository):
 
         return await self.records.update(image_id, change, missing=f"Image not found: {image_id}")
 
-    @public
+    @public_change
     async def delete_image(
         self, image_id: str, *, cascade: bool = True, timeout: float | None = None
     ) -> Deleted:
         """Delete an image and, with `cascade`, its sessions; return what that removed."""
         return await self._delete(image_id, cascade=cascade)
 
-    @public
+    @public_change
     async def fork_image(
         self,
         image_id: str,
@@ -690,6 +695,8 @@ class Images(Repository):
         session_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
         if await self._sessions.records.exists(source.session_id):
             await self._sessions._fork(source.session_id, session_id, through, fork_id, source.container_id)
+        else:
+            await self._sessions._copy(source.session_id, session_id, through)
         fields = source.to_mapping() | {
             "image_id": fork_id,
             "session_id": session_id,
@@ -727,7 +734,7 @@ class Prototypes(Repository):
         super().__init__(store)
         self.records = Collection(store, PROTOTYPES)
 
-    @public
+    @public_change
     async def save_prototype(
         self,
         record: PrototypeRecord | Mapping[str, Any],
@@ -769,7 +776,7 @@ class Prototypes(Repository):
         """Tell whether there is such a prototype."""
         return await self.records.exists(prototype_id)
 
-    @public
+    @public_change
     async def delete_prototype(self, prototype_id: str, *, timeout: float | None = None) -> Deleted:
         """Delete a prototype; return what that removed."""
         return await self._delete(prototype_id)
@@ -790,7 +797,7 @@ class LLMProviders(Repository):
         super().__init__(store)
         self.records = Collection(store, LLM_PROVIDERS)
 
-    @public
+    @public_change
     async def save_llm_provider(
         self,
         record: LLMProviderRecord | Mapping[str, Any],
@@ -848,7 +855,7 @@ class LLMProviders(Repository):
         found.is_default = True
         return found
 
-    @public
+    @public_change
     async def set_default_llm_provider(self, id: str, *, timeout: float | None = None) -> None:
         """Make a provider the default of its container; raise `NotFoundError` if there is none."""
         found = await self.records.find(id)
@@ -862,7 +869,7 @@ class LLMProviders(Repository):
         """Tell whether there is such a provider."""
         return await self.records.exists(id)
 
-    @public
+    @public_change
     async def delete_llm_provider(self, id: str, *, timeout: float | None = None) -> Deleted:
         """Delete a provider; return what that removed."""
         return await self._delete(id)
@@ -939,7 +946,7 @@ class Containers(Repository):
         self._prototypes = prototypes
         self._llm_providers = llm_providers
 
-    @public
+    @public_change
     async def save_container(
         self,
         record: ContainerRecord | Mapping[str, Any],
@@ -974,7 +981,7 @@ class Containers(Repository):
         """Tell whether there is such a container."""
         return await self.records.exists(container_id)
 
-    @public
+    @public_change
     async def delete_container(
         self, container_id: str, *, cascade: bool = True, timeout: float | None = None
     ) -> Deleted:
