@@ -130,6 +130,11 @@ class SQLiteDriver:
     def __repr__(self) -> str:
         return f"sqlite_driver({str(self._path)!r}, namespace={self._namespace!r})"
 
+    def ddl(self) -> str:
+        """Return the statements that create what this driver needs."""
+        sign = self._sql["sign"].replace("?", f"x'{_FORMAT.hex()}'")
+        return f"{self._sql['create']};\n{sign};"
+
     async def open(self) -> None:
         try:
             await self._writer.open(self._connect)
@@ -247,6 +252,9 @@ class SQLiteDriver:
         self._path = self._path.absolute()  # from now on the same file, whatever the working folder
         if self._create:
             _create_file(self._path)
+        elif not self._path.exists():
+            message = f"there is no file {self._path}, and create=False"
+            raise ConfigurationError(message)
         # mode=rw: SQLite would create the file with whatever rights the umask leaves.
         uri = f"{self._path.as_uri()}?mode=rw"
         return sqlite3.connect(uri, uri=True, timeout=self._busy_timeout, isolation_level=None)

@@ -96,7 +96,7 @@ async def test_a_missing_folder_is_named_and_not_made(tmp_path: Path) -> None:
 
 
 async def test_create_false_makes_neither_file_nor_table(path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="unable to open"):
+    with pytest.raises(ConfigurationError, match="there is no file"):
         await sqlite_driver(path, create=False).open()
     assert not path.exists()
 
@@ -193,6 +193,13 @@ async def test_damage_found_later_is_a_corrupt_record(path: Path) -> None:
         with pytest.raises(CorruptRecordError, match="malformed"):
             await driver.get([Key("p", "small"), Key("p", "large")])
         assert await value_of(driver, "small") == b"v"
+
+
+async def test_the_statements_of_ddl_create_what_is_needed(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(sqlite_driver(path, table="agents").ddl())
+    async with opened(path, create=False, table="agents") as driver:
+        assert await driver.partitions(None, 1) == ([], None)
 
 
 @pytest.mark.parametrize(
