@@ -26,20 +26,27 @@ def main() -> None:
     try:
         app(prog_name="persistence")
     except OSError as error:  # what the store raises is told by the command itself: this is the output's
-        print(f"persistence: {error}", file=sys.stderr)
-        sys.exit(1)
+        _give_up(sys.__stdout__, error)
     finally:
         _flush(sys.__stdout__)
 
 
 def _flush(output: TextIO | None) -> None:
-    """Write what is left; where nobody reads it any more, forget it, or Python would complain as it ends."""
     if output is None or output.closed:
         return
     try:
         output.flush()
-    except OSError:  # nobody reads it, or the disk is full: `app` has told that
+    except OSError as error:
+        _give_up(output, error)
+
+
+def _give_up(output: TextIO | None, error: OSError) -> None:
+    """Forget what cannot be written, or Python would complain as it ends; tell it, unless nobody reads on."""
+    if output is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+    if not isinstance(error, BrokenPipeError):
+        print(f"persistence: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

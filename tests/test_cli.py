@@ -91,9 +91,10 @@ def test_a_store_is_encrypted_with_the_keys_of_the_environment(
     assert "PERSISTENCE_KEYS" in run("show", url, session, PERSISTENCE_KEYS="x").output
 
 
-def test_a_full_disk_under_the_output_is_told_in_a_line(imported: str) -> None:
+@pytest.mark.parametrize("limit", ["1", "1000"])
+def test_a_full_disk_under_the_output_is_told_in_a_line(imported: str, limit: str) -> None:
     with open("/dev/full", "wb") as full:
-        command = (sys.executable, "-m", "persistence", "sessions", imported, "--json")
+        command = (sys.executable, "-m", "persistence", "sessions", imported, "--json", "--limit", limit)
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(b"persistence: ")
