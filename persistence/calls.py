@@ -40,7 +40,7 @@ def public(method: F) -> F:
         try:
             if kwargs.get("timeout") is None:
                 return await method(self, *args, **kwargs)
-            return await _within(kwargs["timeout"], Call(), method(self, *args, **kwargs))
+            return await _within(kwargs["timeout"], method(self, *args, **kwargs))
         finally:
             coalescer.leave()
 
@@ -54,16 +54,14 @@ def public_change(method: F) -> F:
     one of its writes was applied is an `OutcomeUnknownError`.
     """
 
+    once = public(method)
+
     @functools.wraps(method)
     async def call(self: Repository, *args: Any, **kwargs: Any) -> Any:
-        coalescer = self._store.coalescer
-        coalescer.enter()
         state = Call()
         token = CALL.set(state)
         try:
-            if kwargs.get("timeout") is None:
-                return await method(self, *args, **kwargs)
-            return await _within(kwargs["timeout"], state, method(self, *args, **kwargs))
+            return await once(self, *args, **kwargs)
         except UnavailableError as error:
             if not state.changed or error.stored is not None:
                 raise
@@ -71,17 +69,17 @@ def public_change(method: F) -> F:
             raise OutcomeUnknownError(message, partition=error.partition, key=error.key) from error
         finally:
             CALL.reset(token)
-            coalescer.leave()
 
     return cast("F", call)
 
 
-async def _within(timeout: float, call: Call, work: Awaitable[T]) -> T:
+async def _within(timeout: float, work: Awaitable[T]) -> T:
     if not isinstance(timeout, int | float) or not timeout >= 0:
         if isinstance(work, Coroutine):
             work.close()
         message = f"timeout={timeout!r}: use seconds, 0 or more, or None to wait"
         raise InvalidValueError(message)
+    call = CALL.get() or Call()
     token = CALL.set(call)
     try:
         async with asyncio.timeout(timeout) as limit:
