@@ -250,7 +250,9 @@ class Sessions(Repository):
 
         if at is not None:
             await self._deadlines.put(SESSIONS.partition(session_id), at)
-        return await self.records.update(session_id, change, missing=f"no session {session_id!r:.80}")
+        return await self.records.update(
+            session_id, change, missing=f"no session {session_id!r:.80}; `save_session` makes one"
+        )
 
     @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> Deleted:
@@ -488,7 +490,7 @@ class Sessions(Repository):
     ) -> SessionRecord:
         source = await self.records.find(session_id)
         if source is None:
-            message = f"no session {session_id!r}"
+            message = f"no session {session_id!r:.80}; `save_session` makes one"
             raise NotFoundError(message, partition=SESSIONS.partition(session_id))
         new_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
         above = await self._copy(session_id, new_id, through)
