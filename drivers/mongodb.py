@@ -52,7 +52,6 @@ try:
     from pymongo import (
         AsyncMongoClient,
         DeleteOne,
-        InsertOne,
         ReadPreference,
         UpdateOne,
         WriteConcern,
@@ -69,7 +68,7 @@ __all__ = ["MongoDBDriver", "from_url", "mongodb_driver"]
 
 T = TypeVar("T")
 _Document: TypeAlias = dict[str, Any]
-_Request: TypeAlias = "InsertOne[_Document] | UpdateOne | DeleteOne"
+_Request: TypeAlias = "UpdateOne | DeleteOne"
 _Outcomes: TypeAlias = list[bool | None]
 
 # An upsert would have to insert this `_id` beside the one of its filter: the server refuses with error 66.

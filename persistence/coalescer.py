@@ -21,7 +21,7 @@ import asyncio
 import os
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
@@ -56,6 +56,7 @@ from persistence.errors import (
     UnavailableError,
 )
 from persistence.ids import random_version
+from persistence.keys import after
 
 __all__ = ["CALL", "RETRY_SECONDS", "Call", "Coalescer", "Reply", "Room", "backoff", "fail"]
 
@@ -366,6 +367,18 @@ class Coalescer:
                 return await self._driver.scan(partition, start, end, limit=limit, reverse=reverse)
 
         return await self._run(call)
+
+    async def pages(
+        self, partition: str, start: str, end: str | None, *, limit: int
+    ) -> AsyncIterator[list[Entry]]:
+        """Yield the entries of a range, at most `limit` at a time."""
+        more = True
+        while more:
+            page = await self.scan(partition, start, end, limit=limit)
+            yield page.entries
+            more = page.more
+            if more:
+                start = after(page.entries[-1].key)
 
     async def purge(self, partition: str, start: str, end: str | None) -> None:
         """Remove a range that nobody needs any more; see `Driver.purge`."""

@@ -14,7 +14,6 @@ import msgspec
 from persistence.collection import HintBody
 from persistence.driver import Delete, Entry, Put
 from persistence.errors import CorruptRecordError
-from persistence.keys import after
 from persistence.store import Store, pack
 
 __all__ = ["Deadlines", "hour"]
@@ -46,10 +45,8 @@ class Deadlines:
         unreadable: CorruptRecordError | None = None
         async for found in self._hours(f"{hour(now) + 1:012d}"):
             name = f"{_DEADLINES}/{int(found.key)}"
-            start, more = "", True
-            while more:
-                page = await coalescer.scan(name, start, f"{now + 1:015d}", limit=_PAGE)
-                for entry in page.entries:
+            async for entries in coalescer.pages(name, "", f"{now + 1:015d}", limit=_PAGE):
+                for entry in entries:
                     due = self._store.unpack(self._hints, name, entry).id
                     if due.startswith(f"{kind}/"):
                         try:
@@ -58,9 +55,6 @@ class Deadlines:
                             unreadable = unreadable or error  # told once the others are gone
                             continue
                         await coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
-                more = page.more
-                if more:
-                    start = after(page.entries[-1].key)
             rest = await coalescer.scan(name, "", None, limit=1)
             if not rest.entries and int(found.key) < hour(now):
                 # Refused: a deadline of this hour has come in meanwhile.
@@ -69,14 +63,9 @@ class Deadlines:
             raise unreadable
 
     async def _hours(self, end: str) -> AsyncIterator[Entry]:
-        start, more = "", True
-        while more:
-            page = await self._store.coalescer.scan(_DEADLINES, start, end, limit=_PAGE)
-            for entry in page.entries:
+        async for entries in self._store.coalescer.pages(_DEADLINES, "", end, limit=_PAGE):
+            for entry in entries:
                 yield entry
-            more = page.more
-            if more:
-                start = after(page.entries[-1].key)
 
 
 def hour(at: int) -> int:

@@ -25,6 +25,7 @@ from persistence.connect import checked_driver, driver_from_url
 from persistence.driver import Driver, Entry, Key, Op, Page, Put, Write
 from persistence.errors import ConfigurationError, CorruptRecordError
 from persistence.options import missing_client
+from persistence.store import ENCRYPTED
 
 try:
     from cryptography.exceptions import InvalidTag
@@ -36,7 +37,6 @@ __all__ = ["EncryptedDriver", "encrypted"]
 
 KEY_BYTES: Final = 32
 
-_MARK = b"\x01"
 _HEAD = 5
 _NONCE = 12
 
@@ -55,7 +55,7 @@ class EncryptedDriver:
             raise ConfigurationError(message)
         self._driver = driver_from_url(driver) if isinstance(driver, str) else checked_driver(driver)
         self._ciphers = {_name(key): AESGCM(key) for key in keys}
-        self._head = _MARK + _name(keys[0])
+        self._head = ENCRYPTED + _name(keys[0])
         self._cipher = self._ciphers[_name(keys[0])]
         self.lanes: int = getattr(self._driver, "lanes", 1)
 
@@ -105,7 +105,7 @@ class EncryptedDriver:
     def _decrypted(self, partition: str, entry: Entry) -> Entry:
         value = entry.value
         cipher = self._ciphers.get(value[1:_HEAD])
-        if cipher is None or not value.startswith(_MARK):
+        if cipher is None or not value.startswith(ENCRYPTED):
             message = "not encrypted with any of the keys given"
             raise CorruptRecordError(message, partition=partition, key=entry.key)
         nonce, sealed = value[_HEAD : _HEAD + _NONCE], value[_HEAD + _NONCE :]

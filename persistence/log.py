@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final, Literal, TypeVar
 
@@ -38,7 +38,7 @@ from persistence.errors import (
     PersistenceError,
     UnavailableError,
 )
-from persistence.keys import after, number_key, prefix_end
+from persistence.keys import number_key, prefix_end
 from persistence.store import Body, Chunks, MissingChunkError, Store, pack
 
 __all__ = [
@@ -742,11 +742,9 @@ class Log:
         """Overwrite hidden entries by stubs; return how many. Can be repeated and interrupted."""
         emptied = 0
         for low, high in spans:
-            start, end, more = self._key(low), self._key(high + 1), True
-            while more:
-                page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
+            async for entries in self._pages(partition, self._key(low), self._key(high + 1)):
                 full: list[tuple[Entry, LogBody]] = []
-                for entry in page.entries:
+                for entry in entries:
                     with suppress(CorruptRecordError):  # left as it is; `repair` names it
                         body = self._unpack(partition, entry)
                         if body.k != "stub":
@@ -765,9 +763,6 @@ class Log:
                     emptied += sum(1 for version in done if version)
                     chunks = [body.c for _, body in full if isinstance(body.c, Chunks)]
                     await self._store.drop_chunks(partition, chunks)
-                more = page.more
-                if more:
-                    start = after(page.entries[-1].key)
         return emptied
 
     async def drop_stubs(
@@ -776,10 +771,8 @@ class Log:
         """Remove the stubs among hidden entries that are older than `before` (ms); return how many."""
         dropped = 0
         for low, high in spans:
-            start, end, more = self._key(low), self._key(high + 1), True
-            while more:
-                page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
-                bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
+            async for entries in self._pages(partition, self._key(low), self._key(high + 1)):
+                bodies = [(entry, self._unpack(partition, entry)) for entry in entries]
                 old = [entry for entry, body in bodies if body.k == "stub" and body.at < before]
                 if dry_run:
                     dropped += len(old)
@@ -787,9 +780,6 @@ class Log:
                     deletes = [Delete(entry.key, entry.version) for entry in old]
                     if await self._store.coalescer.write(partition, deletes, hint=True):
                         dropped += len(old)
-                more = page.more
-                if more:
-                    start = after(page.entries[-1].key)
         return dropped
 
     async def forget(self, partition: str, tombstone: Delete) -> None:
@@ -807,29 +797,22 @@ class Log:
         )
 
     async def _forget_onces(self, partition: str, number: int) -> None:
-        start, end, more = self._once, prefix_end(self._once), True
-        while more:
-            page = await self._store.coalescer.scan(partition, start, end, limit=MAX_WRITE_OPS)
-            bodies = [(entry, self._unpack(partition, entry)) for entry in page.entries]
+        async for entries in self._pages(partition, self._once, prefix_end(self._once)):
+            bodies = [(entry, self._unpack(partition, entry)) for entry in entries]
             deletes = [Delete(entry.key, entry.version) for entry, body in bodies if body.n < number]
             if deletes:
                 await self._store.coalescer.write(partition, deletes, hint=True)
-            more = page.more
-            if more:
-                start = after(page.entries[-1].key)
 
     async def chunk_ids(self, partition: str) -> set[str]:
         """Return the ids of all chunks that entries refer to. Reads the whole sequence, page by page."""
         found: set[str] = set()
-        start, more = self._prefix, True
-        while more:
-            page = await self._store.coalescer.scan(partition, start, self._end, limit=MAX_WRITE_OPS)
-            bodies = [self._unpack(partition, entry) for entry in page.entries]
+        async for entries in self._pages(partition, self._prefix, self._end):
+            bodies = [self._unpack(partition, entry) for entry in entries]
             found.update(body.c.id for body in bodies if isinstance(body.c, Chunks))
-            more = page.more
-            if more:
-                start = after(page.entries[-1].key)
         return found
+
+    def _pages(self, partition: str, start: str, end: str) -> AsyncIterator[list[Entry]]:
+        return self._store.coalescer.pages(partition, start, end, limit=MAX_WRITE_OPS)
 
 
 async def _steadily(work: Callable[[], Awaitable[T]]) -> T:

@@ -19,7 +19,7 @@ from persistence.checkpoints import Checkpoints
 from persistence.collection import RECORD, Collection, Place, RecordBody
 from persistence.driver import Delete, Key
 from persistence.errors import CorruptRecordError
-from persistence.keys import after, prefix_end
+from persistence.keys import prefix_end
 from persistence.repositories import Containers, Images, LLMProviders, Prototypes, Sessions
 from persistence.store import CHUNK, Chunks, Store
 from persistence.thread_repair import ThreadRepair
@@ -211,13 +211,10 @@ class Repair:
 
     async def _sweep_hints(self, partition: str) -> None:
         for collection, place in self._listings(partition):
-            start, end = place.prefix, prefix_end(place.prefix) if place.prefix else None
-            more = True
-            while more:
-                page = await self.store.coalescer.scan(partition, start, end, limit=_PAGE)
+            end = prefix_end(place.prefix) if place.prefix else None
+            async for entries in self.store.coalescer.pages(partition, place.prefix, end, limit=_PAGE):
                 hints = [
-                    (entry, self.store.unpack(collection.hint_decoder, partition, entry))
-                    for entry in page.entries
+                    (entry, self.store.unpack(collection.hint_decoder, partition, entry)) for entry in entries
                 ]
                 old = [(entry, hint) for entry, hint in hints if hint.at < self._now - HINT_AGE_MS]
                 records = await collection.find_many([hint.id for _, hint in old])
@@ -227,9 +224,6 @@ class Repair:
                         if not self.dry_run:
                             delete = Delete(entry.key, entry.version)
                             await self.store.coalescer.write(partition, [delete], hint=True)
-                more = page.more
-                if more:
-                    start = after(page.entries[-1].key)
 
     def _listings(self, partition: str) -> Sequence[tuple[Collection[Any], Place]]:
         kind, _, rest = partition.partition("/")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as AbstractCollection
-from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -48,7 +48,6 @@ __all__ = [
 _PAGE = 500
 _CONTENTION_SECONDS = 10.0
 _MAX_NUMBER = 10**12 - 1
-_INT64 = 1 << 63
 
 CONTAINERS = Kind("container", ContainerRecord, "container_id", lambda record: (Place("index/containers"),))
 IMAGES = Kind(
@@ -711,14 +710,8 @@ class Images(Repository):
         return fork
 
     async def _delete(self, image_id: str, *, cascade: bool) -> Deleted:
-        deleted = await self.records.delete(image_id, cascade=cascade)
-        removed = Deleted(images=int(deleted is not None))
-        if cascade:
-            partition = IMAGES.partition(image_id)
-            removed += await self.delete_children(partition)
-            if deleted is not None:
-                await self.records.finish(partition, deleted.version)
-        return removed
+        children = self.delete_children if cascade else None
+        return await _delete_with(children, self.records, image_id, Deleted(images=1))
 
     async def delete_children(self, partition: str) -> Deleted:
         """Delete the sessions of the image of `partition` until none is left."""
@@ -991,14 +984,8 @@ class Containers(Repository):
 
         The container goes first, its content one by one. Interrupted, `repair` goes on.
         """
-        deleted = await self.records.delete(container_id, cascade=cascade)
-        removed = Deleted(containers=int(deleted is not None))
-        if cascade:
-            partition = CONTAINERS.partition(container_id)
-            removed += await self.delete_children(partition)
-            if deleted is not None:
-                await self.records.finish(partition, deleted.version)
-        return removed
+        children = self.delete_children if cascade else None
+        return await _delete_with(children, self.records, container_id, Deleted(containers=1))
 
     async def delete_children(self, partition: str) -> Deleted:
         """Delete what is in the container of `partition` until nothing is left."""
@@ -1018,6 +1005,23 @@ class Containers(Repository):
             for provider in providers:
                 removed += await self._llm_providers._delete(provider.id)
         return removed
+
+
+async def _delete_with(
+    delete_children: Callable[[str], Awaitable[Deleted]] | None,
+    records: Collection[Any],
+    id: str,
+    own: Deleted,
+) -> Deleted:
+    """Delete a record, which counts as `own`, and its children, even if it is not there (any more)."""
+    deleted = await records.delete(id, cascade=delete_children is not None)
+    removed = Deleted() if deleted is None else own
+    if delete_children is not None:
+        partition = records.kind.partition(id)
+        removed += await delete_children(partition)
+        if deleted is not None:
+            await records.finish(partition, deleted.version)
+    return removed
 
 
 def _number(value: int | None) -> int | None:

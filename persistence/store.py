@@ -27,10 +27,23 @@ from persistence.errors import CorruptRecordError, InvalidValueError
 from persistence.ids import Clock, IdFactory, now_ms
 from persistence.keys import prefix_end
 
-__all__ = ["CHUNK", "FORMAT", "MAX_BYTES", "Body", "Chunks", "MissingChunkError", "Store", "pack"]
+__all__ = [
+    "CHUNK",
+    "ENCRYPTED",
+    "FORMAT",
+    "MAX_BYTES",
+    "Body",
+    "Chunks",
+    "MissingChunkError",
+    "Store",
+    "pack",
+]
 
 FORMAT: Final = 1
 """The version of the stored form. A higher one is refused, never guessed at."""
+
+ENCRYPTED: Final = b"\x01"
+"""What an encrypted value begins with; no JSON does."""
 
 MAX_BYTES: Final = 100_000_000
 """The longest value, in bytes of JSON."""
@@ -173,7 +186,7 @@ def _chunk_key(id: str, index: int) -> str:
 
 
 def _foreign(text: bytes) -> str | None:
-    if text.startswith(b"\x01"):
+    if text.startswith(ENCRYPTED):
         return "it is encrypted (persistence.encryption), and was not decrypted"
     try:
         found = _format.decode(text).f

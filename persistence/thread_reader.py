@@ -423,13 +423,9 @@ class ThreadReader:
     async def listed(self, partition: str, head: HeadBody) -> list[Found]:
         """Return all checkpoints of a thread, oldest first."""
         found: list[Found] = []
-        start, more = after(checkpoint_key(head.fl)) if head.fl else CHECKPOINT, True
-        while more:
-            page = await self.store.coalescer.scan(partition, start, prefix_end(CHECKPOINT), limit=PAGE)
-            found += [self._found(partition, entry) for entry in page.entries]
-            more = page.more
-            if more:
-                start = after(page.entries[-1].key)
+        start = after(checkpoint_key(head.fl)) if head.fl else CHECKPOINT
+        async for entries in self.store.coalescer.pages(partition, start, prefix_end(CHECKPOINT), limit=PAGE):
+            found += [self._found(partition, entry) for entry in entries]
         return found
 
     def _found(self, partition: str, entry: Entry) -> Found:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from persistence.collection import HintBody
 from persistence.driver import MAX_GET_KEYS, Delete, Key, Put
 from persistence.errors import CorruptRecordError
-from persistence.keys import after, prefix_end
+from persistence.keys import prefix_end
 from persistence.pieces import Span, count, runs, subtract, union
 from persistence.store import pack
 from persistence.thread_reader import HEAD, PAGE, PIECE, Found, HeadBody, checkpoint_key, number_of
@@ -84,13 +84,8 @@ class ThreadRepair:
         needed = union(span for one in kept for span in one.spans or ())
         held = union([*needed, *(span for upload in head.p.values() for span in upload.spans)])
         there: list[Span] = []
-        start, more = PIECE, True
-        while more:
-            page = await self._store.coalescer.scan(partition, start, prefix_end(PIECE), limit=PAGE)
-            there = union([*there, *runs(number_of(partition, entry.key) for entry in page.entries)])
-            more = page.more
-            if more:
-                start = after(page.entries[-1].key)
+        async for entries in self._store.coalescer.pages(partition, PIECE, prefix_end(PIECE), limit=PAGE):
+            there = union([*there, *runs(number_of(partition, entry.key) for entry in entries)])
         done.corrupt = [one.error for one in found if one.body is None]
         (now,) = await self._store.coalescer.get([Key(partition, HEAD)])
         if now is None or now.version != version:
@@ -127,10 +122,8 @@ class ThreadRepair:
     async def sweep_hints(self, partition: str, *, before: int) -> int:
         """Remove the entries of a listing, older than `before`, that match nothing; return how many."""
         removed = 0
-        start, more = "", True
-        while more:
-            page = await self._store.coalescer.scan(partition, start, None, limit=MAX_GET_KEYS // 2)
-            hints = [(e, self._store.unpack(self._threads.hint_decoder, partition, e)) for e in page.entries]
+        async for entries in self._store.coalescer.pages(partition, "", None, limit=MAX_GET_KEYS // 2):
+            hints = [(e, self._store.unpack(self._threads.hint_decoder, partition, e)) for e in entries]
             hints = [(entry, hint) for entry, hint in hints if hint.at < before]
             for entry, hint in hints:
                 if not await self._listed_rightly(partition, entry.key, hint):
@@ -138,9 +131,6 @@ class ThreadRepair:
                     if not self._dry_run:
                         delete = Delete(entry.key, entry.version)
                         await self._store.coalescer.write(partition, [delete], hint=True)
-            more = page.more
-            if more:
-                start = after(page.entries[-1].key)
         return removed
 
     async def _listed_rightly(self, partition: str, key: str, hint: HintBody) -> bool:

@@ -14,7 +14,7 @@ import os
 import random
 import stat
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from multiprocessing.connection import Connection
@@ -61,6 +61,18 @@ async def content(driver: Driver, partition: str = "p") -> dict[str, bytes]:
         entries += page.entries
         if not page.more:
             return {entry.key: entry.value for entry in entries}
+
+
+def held_up(call: Callable[[Any], object]) -> tuple[Callable[[Any], None], asyncio.Event, threading.Event]:
+    """Return `call` for another thread, an event for its having begun, and one that lets it go on."""
+    loop, begun, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def slow(argument: Any) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait()
+        call(argument)
+
+    return slow, begun, go_on
 
 
 def logs(path: Path) -> list[Path]:
@@ -343,14 +355,7 @@ async def test_who_waits_for_a_lock_holds_no_other(tmp_path: Path) -> None:
 async def test_a_write_is_seen_by_its_own_readers_only_once_it_is_safe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, syncing, synced = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
-    sync = os.fdatasync
-
-    def slow(fd: int) -> None:
-        loop.call_soon_threadsafe(syncing.set)
-        synced.wait()
-        sync(fd)
-
+    slow, syncing, synced = held_up(os.fdatasync)
     async with opened(tmp_path) as driver:
         await put(driver, "p", a=b"1", b=b"1")
         assert await content(driver) == {"a": b"1", "b": b"1"}
@@ -368,14 +373,7 @@ async def test_a_write_is_seen_by_its_own_readers_only_once_it_is_safe(
 async def test_what_another_writes_to_the_successor_of_a_file_is_seen_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, syncing, synced = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
-    sync = module._sync_folder
-
-    def slow(folder: Any) -> None:
-        loop.call_soon_threadsafe(syncing.set)
-        synced.wait()
-        sync(folder)
-
+    slow, syncing, synced = held_up(module._sync_folder)
     async with opened(tmp_path) as driver, opened(tmp_path) as other:
         await put(driver, "p", a=b"1")
         assert await content(driver) == {"a": b"1"}
