@@ -136,6 +136,8 @@ class Found(NamedTuple):
 
 
 class Kept(NamedTuple):
+    """What a writer remembers of a checkpoint: its pieces, and where it is listed."""
+
     id: str
     spans: list[Span] | None  # None: it cannot be read
     hints: list[Key]
