@@ -31,6 +31,7 @@ from persistence.records import (
     SessionRecord,
 )
 from persistence.repositories import Deleted, StoredMessage
+from persistence.streams import StreamMeta
 
 if TYPE_CHECKING:
     from persistence.drivers import filesystem_driver, memory_driver, sqlite_driver
@@ -62,6 +63,7 @@ __all__ = [
     "PrototypeRecord",
     "SessionRecord",
     "StoredMessage",
+    "StreamMeta",
     "ThreadMeta",
     "UnavailableError",
     "create_persistence",

@@ -43,6 +43,7 @@ __all__ = [
     "PaginatedResult",
     "PostgresConfig",
     "PostgresStorage",
+    "ResumableStreamEventStore",
     "SQLiteConfig",
     "SQLiteStorage",
     "StorageConfig",
@@ -325,6 +326,47 @@ class Checkpointer:
     async def thread_count(self) -> int:
         """Count the threads."""
         return await self._checkpoints.count_threads()
+
+
+class ResumableStreamEventStore:
+    """Streams of parts that a client can take up again, with the limits of all of them."""
+
+    def __init__(
+        self,
+        persistence: Persistence,
+        *,
+        max_events_per_stream: int | None = None,
+        max_bytes_per_stream: int | None = None,
+        ttl_seconds: float | None = None,
+    ) -> None:
+        self._streams = persistence.streams
+        self._limits: dict[str, Any] = {
+            "max_events": max_events_per_stream,
+            "max_bytes": max_bytes_per_stream,
+            "ttl_seconds": ttl_seconds,
+        }
+
+    async def append(self, key: str, index: int, part: Any) -> None:
+        """Append a part; `index` is how many there are. See `Streams.append` for what is refused."""
+        await self._streams.append(key, index, part, **self._limits)
+
+    async def get_parts(self, key: str, from_index: int = 0) -> list[Any]:
+        """Return the parts from `from_index` on; `InvalidValueError` if there are fewer than that."""
+        return await self._streams.get_parts(key, from_index)
+
+    async def get_session_meta(self, key: str) -> dict[str, Any]:
+        """Return ``nextIndex``, ``completed`` and, once there is a part, ``updatedAt`` (Unix ms)."""
+        meta = await self._streams.get_meta(key)
+        found: dict[str, Any] = {"nextIndex": meta.next_index, "completed": meta.completed}
+        return found if meta.updated_at is None else {**found, "updatedAt": meta.updated_at}
+
+    async def acquire_continue_lock(self, key: str) -> str | None:
+        """Become the one who continues a stream, for 30 seconds; None if another one is."""
+        return await self._streams.acquire_continue_lock(key)
+
+    async def release_continue_lock(self, key: str, token: str) -> None:
+        """Give the lock back, if it is still one's own."""
+        await self._streams.release_continue_lock(key, token)
 
 
 # ---- behind them

@@ -19,6 +19,7 @@ from persistence.options import masked_url
 from persistence.repair import Repair, RepairReport
 from persistence.repositories import Containers, Images, LLMProviders, Prototypes, Sessions
 from persistence.store import Store
+from persistence.streams import Streams
 
 __all__ = ["Persistence", "create_persistence", "driver_from_url"]
 
@@ -36,6 +37,7 @@ class Persistence(Repository):
     prototypes: Prototypes
     llm_providers: LLMProviders
     checkpoints: Checkpoints
+    streams: Streams
 
     def __init__(self, driver: Driver, *, clock: Clock = now_ms) -> None:
         self._driver = driver
@@ -47,6 +49,7 @@ class Persistence(Repository):
         self.prototypes = Prototypes(store)
         self.llm_providers = LLMProviders(store)
         self.checkpoints = Checkpoints(store)
+        self.streams = Streams(store)
         self.containers = Containers(store, self.images, self.sessions, self.prototypes, self.llm_providers)
 
     def __repr__(self) -> str:
@@ -80,6 +83,7 @@ class Persistence(Repository):
             prototypes=self.prototypes,
             llm_providers=self.llm_providers,
             checkpoints=self.checkpoints,
+            streams=self.streams,
             dry_run=dry_run,
             tombstone_days=tombstone_days,
             progress=progress,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -22,6 +23,7 @@ from persistence.errors import CorruptRecordError
 from persistence.keys import prefix_end
 from persistence.repositories import Containers, Images, LLMProviders, Prototypes, Sessions
 from persistence.store import CHUNK, Chunks, Store
+from persistence.streams import Streams
 from persistence.thread_repair import ThreadRepair
 
 __all__ = ["DAY_MS", "HINT_AGE_MS", "Repair", "RepairReport", "drop_chunks"]
@@ -62,6 +64,10 @@ class RepairReport(msgspec.Struct, kw_only=True):
     """Sessions whose time had come."""
     threads_expired: int = 0
     """Threads of checkpoints whose time had come."""
+    streams_expired: int = 0
+    """Streams whose time had come."""
+    streams_removed: int = 0
+    """Deleted streams of which parts were left."""
     orphan_count: int = 0
     orphans: list[str] = msgspec.field(default_factory=list)
     """Records whose container or image does not exist: named, and left as they are (1,000 at most)."""
@@ -83,6 +89,7 @@ class Repair:
         prototypes: Prototypes,
         llm_providers: LLMProviders,
         checkpoints: Checkpoints,
+        streams: Streams,
         dry_run: bool,
         tombstone_days: float,
         progress: Callable[[int], None] | None,
@@ -105,6 +112,7 @@ class Repair:
         ]
         self._collections = {collection.kind.name: collection for collection in collections}
         self._checkpoints = checkpoints
+        self._streams = streams
         self._children: dict[str, Callable[[str], Awaitable[Any]]] = {
             "container": containers.delete_children,
             "image": images.delete_children,
@@ -129,6 +137,8 @@ class Repair:
             steps = [self._sweep_hints, self._sweep_checkpoint_hints]
         elif self._checkpoints.kind_of(partition) is not None:
             steps = [self._thread]
+        elif kind == "stream":
+            steps = [self._stream]
         elif kind in self._collections:
             steps = [self._record, self._sweep_hints, self._chunks]
             if kind == "session":
@@ -256,6 +266,23 @@ class Repair:
             repair = ThreadRepair(threads, dry_run=self.dry_run)
             swept = await repair.sweep_hints(partition, before=before)
             self.report.hints_removed += swept
+
+    # ---- streams
+
+    async def _stream(self, partition: str) -> None:
+        streams = self._streams
+        if await streams.has_expired(partition):
+            self.report.streams_expired += 1
+            if not self.dry_run:
+                await streams.expire(partition)
+        lives = await streams.leftovers(partition)
+        self.report.streams_removed += len(lives)
+        if not self.dry_run:
+            await streams.drop_leftovers(partition, lives)
+            await streams.drop_ended_lock(partition)
+        used, before = partial(streams.chunk_ids, partition), self._now - HINT_AGE_MS
+        dropped = await drop_chunks(self.store, partition, used, before, dry_run=self.dry_run)
+        self.report.chunks_removed += dropped
 
     # ---- chunks
 

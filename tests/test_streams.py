@@ -1,0 +1,411 @@
+"""Streams of parts: each index once, read from anywhere, ended, limited, expired, deleted; and their lock."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from faulty_driver import FaultyDriver, RecordingDriver
+
+from persistence import (
+    ConflictError,
+    CorruptRecordError,
+    InvalidValueError,
+    OutcomeUnknownError,
+    Persistence,
+    UnavailableError,
+    create_persistence,
+)
+from persistence.compat import ResumableStreamEventStore
+from persistence.driver import Put, Write
+from persistence.drivers.memory import MemoryDriver
+from persistence.streams import StreamMeta
+from persistence.testing import MakeDriver
+
+NOTHING = StreamMeta(next_index=0, completed=False, updated_at=None, size_bytes=0, expires_at=None)
+
+
+def text(number: int) -> dict[str, Any]:
+    return {"type": "text-delta", "text": f"word {number} "}
+
+
+async def fill(p: Persistence, count: int, stream: str = "s", **options: Any) -> list[dict[str, Any]]:
+    parts = [text(number) for number in range(count)]
+    for index, part in enumerate(parts):
+        await p.streams.append(stream, index, part, **options)
+    return parts
+
+
+async def keys(p: Persistence, partition: str = "stream/s") -> list[str]:
+    return [
+        entry.key
+        async for entries in p._store.coalescer.pages(partition, "", None, limit=500)
+        for entry in entries
+    ]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000_000
+
+    def __call__(self) -> int:
+        return self.now
+
+
+# ---- on every engine
+
+
+async def test_what_was_appended_is_read_from_anywhere(p: Persistence) -> None:
+    assert await p.streams.get_parts("s") == []
+    assert await p.streams.get_meta("s") == NOTHING
+    parts = await fill(p, 12)
+    assert await p.streams.get_parts("s") == parts
+    assert await p.streams.get_parts("s", 7) == parts[7:]
+    assert await p.streams.get_parts("s", 12) == []
+    assert await p.streams.get_parts("s", 3, limit=4) == parts[3:7]
+    assert await p.streams.get_parts("s", 3, limit=0) == []
+    with pytest.raises(InvalidValueError, match="the stream has 12 parts"):
+        await p.streams.get_parts("s", 13)
+    meta = await p.streams.get_meta("s")
+    assert (meta.next_index, meta.completed, meta.expires_at) == (12, False, None)
+    assert meta.updated_at is not None
+
+
+async def test_one_process_reads_what_another_appends(make_driver: MakeDriver) -> None:
+    async with create_persistence(make_driver()) as writer, create_persistence(make_driver()) as reader:
+        seen: list[Any] = []
+        parts = []
+        for index in range(30):
+            parts.append(text(index))
+            await writer.streams.append("s", index, parts[-1])
+            if index % 7 == 0:
+                seen += await reader.streams.get_parts("s", len(seen))
+                assert seen == parts
+        await writer.streams.append("s", 30, {"type": "finish"})
+        assert (await reader.streams.get_meta("s")).completed
+
+
+async def test_an_index_is_appended_once(make_driver: MakeDriver) -> None:
+    async with create_persistence(make_driver()) as one, create_persistence(make_driver()) as two:
+
+        async def produce(p: Persistence, name: str) -> int:
+            mine = 0
+            for index in range(20):
+                try:
+                    await p.streams.append("s", index, {"by": name, "index": index})
+                except ConflictError:
+                    continue
+                mine += 1
+            return mine
+
+        won = await asyncio.gather(produce(one, "one"), produce(two, "two"), produce(two, "three"))
+        parts = await one.streams.get_parts("s")
+        assert [part["index"] for part in parts] == list(range(20))
+        assert sum(won) == 20
+        assert await two.streams.get_parts("s") == parts
+
+
+async def test_parts_appended_at_once_keep_the_order_of_the_calls(p: Persistence) -> None:
+    parts = [text(index) for index in range(50)]
+    await asyncio.gather(*(p.streams.append("s", index, part) for index, part in enumerate(parts)))
+    assert await p.streams.get_parts("s") == parts
+
+
+async def test_a_wrong_index_is_refused_and_changes_nothing(p: Persistence) -> None:
+    await fill(p, 3)
+    for wrong in (0, 2, 4, 100):
+        with pytest.raises(ConflictError, match=f"the next index is 3, not {wrong}"):
+            await p.streams.append("s", wrong, text(9))
+    await p.streams.append("s", 3, text(3))
+    assert await p.streams.get_parts("s") == [text(index) for index in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["finish", "error"])
+async def test_nothing_follows_the_last_part(p: Persistence, kind: str) -> None:
+    await fill(p, 2)
+    meta = await p.streams.append("s", 2, {"type": kind, "reason": "done"})
+    assert meta.completed
+    with pytest.raises(ConflictError, match="has ended"):
+        await p.streams.append("s", 3, text(3))
+    assert await p.streams.delete("s") == 3
+    assert await p.streams.get_meta("s") == NOTHING
+    await fill(p, 1)
+    assert await p.streams.get_parts("s") == [text(0)]
+
+
+async def test_limits_hold_and_name_themselves(p: Persistence) -> None:
+    await fill(p, 2, max_events=2)
+    with pytest.raises(InvalidValueError, match="max_events=2"):
+        await p.streams.append("s", 2, text(2), max_events=2)
+    size = (await p.streams.get_meta("s")).size_bytes
+    with pytest.raises(InvalidValueError, match=f"max_bytes={size + 5}"):
+        await p.streams.append("s", 2, text(2), max_bytes=size + 5)
+    await p.streams.append("s", 2, 7, max_bytes=size + 1, max_events=3)
+    assert await p.streams.get_parts("s") == [text(0), text(1), 7]
+
+
+async def test_any_value_is_a_part_however_long(p: Persistence) -> None:
+    parts = [None, "", 0, b"\x00\xff", {"text": "x" * 2_500_000}, (1, 2), {"type": ["finish"]}, "end"]
+    for index, part in enumerate(parts):
+        await p.streams.append("s", index, part)
+    assert await p.streams.get_parts("s") == parts
+    with pytest.raises(InvalidValueError):
+        await p.streams.append("s", len(parts), object())
+    assert await p.streams.delete("s") == len(parts)
+    assert await keys(p) == []
+
+
+async def test_long_streams_are_read_in_pages(p: Persistence) -> None:
+    parts = [{"n": index} for index in range(1_101)]
+    for first in range(0, len(parts), 100):
+        await asyncio.gather(
+            *(
+                p.streams.append("s", first + index, part)
+                for index, part in enumerate(parts[first : first + 100])
+            )
+        )
+    assert await p.streams.get_parts("s") == parts
+    assert await p.streams.get_parts("s", 1_099) == parts[1_099:]
+    assert await p.streams.get_parts("s", 100, limit=900) == parts[100:1_000]
+
+
+async def test_a_deleted_stream_begins_anew_for_everybody(make_driver: MakeDriver) -> None:
+    async with create_persistence(make_driver()) as one, create_persistence(make_driver()) as two:
+        await fill(one, 5)
+        assert await two.streams.get_parts("s") == [text(index) for index in range(5)]
+        assert await two.streams.delete("s") == 5
+        assert await two.streams.delete("s") == 0
+        with pytest.raises(ConflictError, match="the next index is 0, not 5"):
+            await one.streams.append("s", 5, text(5))
+        with pytest.raises(InvalidValueError, match="the stream has 0 parts"):
+            await one.streams.get_parts("s", 5)
+        await two.streams.append("s", 0, "new")
+        assert await one.streams.get_parts("s") == ["new"]
+        await one.streams.append("s", 1, "newer")
+        assert await two.streams.get_parts("s", 1) == ["newer"]
+
+
+async def test_any_text_is_a_stream_id(p: Persistence) -> None:
+    ids = ["", "0", "null", "../x", "a/b", "a:b", "{t}", "\x00", "\N{WAVING HAND SIGN}", "S", "s", "x" * 600]
+    for id in ids:
+        await p.streams.append(id, 0, id)
+    for id in ids:
+        assert await p.streams.get_parts(id) == [id]
+
+
+async def test_only_one_holds_the_lock(make_driver: MakeDriver) -> None:
+    async with create_persistence(make_driver()) as one, create_persistence(make_driver()) as two:
+        taken = await asyncio.gather(*(p.streams.acquire_continue_lock("s") for p in (one, two) * 8))
+        (token,) = [token for token in taken if token is not None]
+        assert not await two.streams.release_continue_lock("s", "another")
+        assert not await two.streams.renew_continue_lock("s", "another")
+        assert await two.streams.renew_continue_lock("s", token)
+        assert await one.streams.release_continue_lock("s", token)
+        assert not await one.streams.release_continue_lock("s", token)
+        assert not await one.streams.renew_continue_lock("s", token)
+        assert await two.streams.acquire_continue_lock("s") not in (None, token)
+
+
+async def test_a_lease_ends_by_itself(make_driver: MakeDriver) -> None:
+    clock = Clock()
+    async with create_persistence(make_driver(), clock=clock) as p:
+        first = await p.streams.acquire_continue_lock("s", lease_seconds=2)
+        assert first is not None
+        clock.now += 1_500
+        assert await p.streams.renew_continue_lock("s", first, lease_seconds=2)
+        clock.now += 1_500
+        assert await p.streams.acquire_continue_lock("s") is None
+        clock.now += 500
+        second = await p.streams.acquire_continue_lock("s")
+        assert second is not None
+        assert not await p.streams.renew_continue_lock("s", first)
+        assert not await p.streams.release_continue_lock("s", first)
+        clock.now += 31_000
+        await p.repair()
+        assert await keys(p) == []
+
+
+async def test_a_stream_goes_some_time_after_its_last_part(make_driver: MakeDriver) -> None:
+    clock = Clock()
+    async with (
+        create_persistence(make_driver(), clock=clock) as p,
+        create_persistence(make_driver(), clock=clock) as q,
+    ):
+        await fill(p, 3, ttl_seconds=10)
+        assert (await p.streams.get_meta("s")).expires_at == clock.now + 10_000
+        clock.now += 9_000
+        await p.streams.append("s", 3, text(3))  # it slides on, with the same time to live
+        clock.now += 9_999
+        assert await p.streams.delete_expired() == 0
+        assert len(await q.streams.get_parts("s")) == 4
+        clock.now += 1
+        assert await q.streams.get_parts("s") == []
+        assert await p.streams.get_meta("s") == NOTHING
+        with pytest.raises(ConflictError, match="the next index is 0"):
+            await q.streams.append("s", 4, text(4))
+        await q.streams.append("s", 0, "anew")
+        assert await p.streams.get_parts("s") == ["anew"]
+        assert len(await keys(p)) == 2
+        await p.streams.append("s", 1, "for an hour", ttl_seconds=3_600)
+        clock.now += 3_600_000
+        assert await q.streams.delete_expired() == 1
+        assert await q.streams.delete_expired() == 0
+        assert await keys(p) == []
+        clock.now += 7_200_000
+        await p.streams.delete_expired()
+        assert await keys(p, "index/deadlines") == []
+
+
+async def test_repair_removes_expired_streams_and_what_a_killed_delete_left(make_driver: MakeDriver) -> None:
+    clock = Clock()
+    async with create_persistence(make_driver(), clock=clock) as p:
+        await fill(p, 2, "expired", ttl_seconds=1)
+        await fill(p, 2, "kept")
+        await fill(p, 600, "half")
+        (head,) = [key for key in await keys(p, "stream/half") if key == "head"]
+        await p._store.coalescer.purge("stream/half", head, f"{head}!")  # killed before the parts went
+        clock.now += 2_000
+        report = await p.repair(dry_run=True)
+        assert (report.streams_expired, report.streams_removed, report.corrupt_count) == (1, 1, 0)
+        assert len(await keys(p, "stream/half")) == 600
+        report = await p.repair()
+        assert (report.streams_expired, report.streams_removed) == (1, 1)
+        assert await keys(p, "stream/half") == await keys(p, "stream/expired") == []
+        assert len(await keys(p, "stream/kept")) == 3
+
+
+# ---- on memory, with what goes wrong
+
+
+async def test_appends_take_one_round_trip_and_a_first_look_one_more() -> None:
+    memory = MemoryDriver()
+    writer, other = RecordingDriver(memory), RecordingDriver(memory)
+    async with create_persistence(writer) as p, create_persistence(other) as q:
+        await fill(p, 10)
+        assert writer.calls == ["commit"] * 10
+        assert len(await q.streams.get_parts("s")) == 10
+        assert other.calls == ["get", "scan"]
+        await q.streams.append("s", 10, text(10))
+        assert other.calls == ["get", "scan", "commit"]
+
+
+async def test_long_parts_that_are_refused_leave_nothing() -> None:
+    async with create_persistence(MemoryDriver()) as p:
+        await fill(p, 1)
+        long = "x" * 3_000_000
+        with pytest.raises(ConflictError):
+            await p.streams.append("s", 0, long)
+        with pytest.raises(InvalidValueError):
+            await p.streams.append("s", 1, long, max_bytes=1_000)
+        assert len(await keys(p)) == 2
+
+
+async def test_a_hole_is_an_error_and_not_an_end() -> None:
+    async with create_persistence(MemoryDriver()) as p:
+        await fill(p, 5)
+        part = (await keys(p))[3]
+        await p._store.coalescer.purge("stream/s", part, f"{part}!")
+        with pytest.raises(CorruptRecordError, match="part 2 of the stream is missing"):
+            await p.streams.get_parts("s")
+        assert await p.streams.get_parts("s", 3) == [text(3), text(4)]
+        last = (await keys(p))[-1]
+        await p._store.coalescer.purge("stream/s", last, f"{last}!")
+        with pytest.raises(CorruptRecordError, match="part 4 of the stream is missing"):
+            await p.streams.get_parts("s", 3)
+
+
+@pytest.mark.parametrize("key", ["head", "lock", "part"])
+async def test_what_cannot_be_read_is_named_by_reads_and_by_repair(key: str) -> None:
+    memory = MemoryDriver()
+    async with create_persistence(memory) as p:
+        await fill(p, 2)
+        await p.streams.acquire_continue_lock("s")
+        place = next(one for one in await keys(p) if one.startswith(key))
+        assert await memory.commit([Write("stream/s", (Put(place, b"{"),), 7)]) == [True]
+        reading = p.streams.acquire_continue_lock if key == "lock" else p.streams.get_parts
+        with pytest.raises(CorruptRecordError) as error:
+            await reading("s")
+        assert (error.value.partition, error.value.key) == ("stream/s", place)
+        report = await p.repair()
+        assert report.corrupt_count == (0 if key == "part" else 1)
+        assert place in await keys(p)  # left as it is
+
+
+async def test_bad_arguments_are_refused(p: Persistence) -> None:
+    for bad in (-1, True, 1.0, "1"):
+        with pytest.raises(InvalidValueError, match="index"):
+            await p.streams.append("s", bad, text(0))  # type: ignore[arg-type]
+        with pytest.raises(InvalidValueError, match="from_index"):
+            await p.streams.get_parts("s", bad)  # type: ignore[arg-type]
+    for option in ("max_events", "max_bytes", "ttl_seconds"):
+        with pytest.raises(InvalidValueError, match=option):
+            await p.streams.append("s", 0, text(0), **{option: 0})
+    for lease in (0, -1, float("inf"), float("nan"), True):
+        with pytest.raises(InvalidValueError, match="lease_seconds"):
+            await p.streams.acquire_continue_lock("s", lease_seconds=lease)
+    assert await p.streams.get_meta("s") == NOTHING
+
+
+# ---- the shape that the ancestor's callers know
+
+
+async def test_the_event_store_of_the_ancestor(p: Persistence) -> None:
+    store = ResumableStreamEventStore(p, max_events_per_stream=3, max_bytes_per_stream=1_000, ttl_seconds=60)
+    assert await store.get_session_meta("s") == {"nextIndex": 0, "completed": False}
+    await store.append("s", 0, text(0))
+    await store.append("s", 1, {"type": "finish"})
+    assert await store.get_parts("s", 1) == [{"type": "finish"}]
+    meta = await store.get_session_meta("s")
+    assert meta is not None
+    assert (meta["nextIndex"], meta["completed"]) == (2, True)
+    assert isinstance(meta["updatedAt"], int)
+    with pytest.raises(ConflictError):
+        await store.append("s", 2, text(2))
+    for index in range(3):
+        await store.append("t", index, text(index))
+    with pytest.raises(InvalidValueError, match="max_events=3"):
+        await store.append("t", 3, text(3))
+    token = await store.acquire_continue_lock("s")
+    assert token is not None
+    assert await store.acquire_continue_lock("s") is None
+    await store.release_continue_lock("s", "not mine")
+    assert await store.acquire_continue_lock("s") is None
+    await store.release_continue_lock("s", token)
+    assert await store.acquire_continue_lock("s") is not None
+
+
+# ---- a store that does not always answer
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_what_was_acknowledged_is_there_once_whatever_fails(seed: int) -> None:
+    """Two producers race on a stream, each going on from what the store says after an error."""
+    memory = MemoryDriver()
+    drivers = [FaultyDriver(memory, seed=seed * 2 + number, rate=0.3) for number in range(2)]
+    length = 25
+    acknowledged: dict[int, str] = {}
+
+    async def produce(p: Persistence, name: str) -> None:
+        index = 0
+        while index < length:
+            try:
+                await p.streams.append("s", index, [name, index])
+            except ConflictError:
+                index = (await p.streams.get_meta("s")).next_index
+            except (OutcomeUnknownError, UnavailableError):
+                await asyncio.sleep(0)
+            else:
+                assert index not in acknowledged
+                acknowledged[index] = name
+                index += 1
+
+    async with create_persistence(drivers[0]) as p, create_persistence(drivers[1]) as q:
+        await asyncio.gather(produce(p, "p"), produce(q, "q"))
+        for driver in drivers:
+            await driver.settle()
+        parts = await p.streams.get_parts("s")
+        assert [index for _, index in parts] == list(range(length))
+        assert all(parts[index][0] == name for index, name in acknowledged.items())
+        assert await q.streams.get_parts("s") == parts
+        assert (await p.repair()).streams_removed == 0
