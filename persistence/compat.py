@@ -47,6 +47,7 @@ __all__ = [
     "SQLiteConfig",
     "SQLiteStorage",
     "StorageConfig",
+    "camel_case",
     "storage",
     "storage_config",
 ]
@@ -103,7 +104,7 @@ def storage_config(config: Mapping[str, Any] | StorageConfig) -> StorageConfig:
         message = f"the storage's configuration must be a mapping, not {type(config).__name__}"
         raise ConfigurationError(message)
     try:
-        fields = {_camel(str(name)): value for name, value in config.items()}
+        fields = {camel_case(str(name)): value for name, value in config.items()}
         checked: StorageConfig = msgspec.convert(fields, StorageConfig)
     except msgspec.ValidationError as error:
         message = f"the storage's configuration: {error}"
@@ -173,17 +174,23 @@ class AgentCheckpointStorage:
 
     # as documented
 
-    async def store_checkpoint(self, data: Mapping[str, Any]) -> str:
+    async def store_checkpoint(
+        self, data: Mapping[str, Any], *, max_checkpoints_per_agent: int | None = None
+    ) -> str:
         """Store a checkpoint of an agent; return its new id."""
-        return await self._checkpoints.store_checkpoint(_snake(data))
+        return await self._checkpoints.store_checkpoint(
+            _snake(data), max_checkpoints_per_agent=max_checkpoints_per_agent
+        )
 
     async def retrieve_checkpoint(self, id: str) -> StoredAgentCheckpoint | None:
         """Return a checkpoint of an agent, None if there is none."""
         return await self._checkpoints.retrieve_checkpoint(str(id))
 
-    async def list_checkpoints(self) -> Listing[AgentCheckpointListItem]:
-        """Return all checkpoints of agents without their states, newest first."""
-        return await self._checkpoints.list_checkpoints()
+    async def list_checkpoints(
+        self, *, limit: int | None = None, cursor: str | None = None
+    ) -> Listing[AgentCheckpointListItem]:
+        """Return all checkpoints of agents without their states, newest first, or a page of them."""
+        return await self._checkpoints.list_checkpoints(limit=limit, cursor=cursor)
 
     # as coded
 
@@ -234,9 +241,13 @@ class AgentCheckpointStorage:
         filters, limit, offset = _options(options, known)
         return _paginated(await self._checkpoints.list_app_checkpoints(**filters), limit, offset)
 
-    async def retrieve_latest_app_checkpoint(self) -> StoredAppCheckpoint | None:
-        """Return the newest checkpoint of any application, None if there is none."""
-        return await self._checkpoints.retrieve_latest_app_checkpoint()
+    async def retrieve_latest_app_checkpoint(
+        self, *, hostname: str | None = None, working_directory: str | None = None
+    ) -> StoredAppCheckpoint | None:
+        """Return the newest checkpoint of any application, or of one host or directory; None if none."""
+        return await self._checkpoints.retrieve_latest_app_checkpoint(
+            hostname=hostname, working_directory=working_directory
+        )
 
     @property
     def _checkpoints(self) -> Checkpoints:
@@ -388,7 +399,8 @@ def _snake_name(name: str) -> str:
     return _CAMEL.sub(lambda match: f"_{match[0].lower()}", name)
 
 
-def _camel(name: str) -> str:
+def camel_case(name: str) -> str:
+    """Return a name in the ancestors' spelling."""
     first, *others = name.split("_")
     return first + "".join(map(str.capitalize, others))
 

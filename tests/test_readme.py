@@ -8,6 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from test_services import TodoAgent
+
 from persistence import ImageRecord, Persistence, SessionRecord, create_persistence, memory_driver
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -50,3 +52,5 @@ async def test_the_other_examples_run() -> None:
         }
         await run(block('idempotency_key="turn-2"'), dict(names))
         await run(block("p.checkpoints.put").replace("state = await", "found = await"), dict(names))
+        await run(block("service.attach(agent)"), {**names, "agent": TodoAgent()})
+        await run(block("p.streams.append"), dict(names))
