@@ -15,6 +15,11 @@ One connection writes and one reads, each in a thread of its own, through the
 standard library. aiosqlite hops to its thread for every statement; here a call
 is a function that runs in the thread, so a `commit` of any Writes is one hop,
 one transaction and one fsync.
+
+The hop takes several times as long as a short read, which mostly finds its
+pages in memory. So a third connection makes those in the event loop's own
+thread: it never waits for a lock, and once one takes more than 2 ms, because
+the disk is slow or the values are large, the reader makes them for a second.
 """
 
 from __future__ import annotations
@@ -70,6 +75,10 @@ _SQL: Final = {
     "next partition": """SELECT min(p) FROM "{t}" WHERE p > ? AND p < ?""",
 }
 
+_SHORT_READ: Final = 128
+"""Entries that are read in the event loop's thread, at the most."""
+_SHORT_SECONDS: Final = 0.002
+_PAUSE_SECONDS: Final = 1.0
 _ROWS: Final = 8  # fetched at a time: each may have a megabyte
 _PURGE_STEP: Final = 0.02
 """Seconds that `purge` holds the write lock, and then leaves it to others."""
@@ -126,6 +135,8 @@ class SQLiteDriver:
         self._sql = {name: statement.format(t=table) for name, statement in _SQL.items()}
         self._writer = _Connection(self._path)
         self._reader = _Connection(self._path)
+        self._here: sqlite3.Connection | None = None  # for short reads in the event loop's thread
+        self._here_again = 0.0  # not before this time, by the monotonic clock
 
     def __repr__(self) -> str:
         return f"sqlite_driver({str(self._path)!r}, namespace={self._namespace!r})"
@@ -140,21 +151,31 @@ class SQLiteDriver:
             await self._writer.open(self._connect)
             await self._writer.run(self._prepare)
             await self._reader.open(self._connect)
+            if self._here is None:
+                self._here = await self._reader.run(lambda _: self._connect(waiting=False))
         except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
+        here, self._here = self._here, None
+        if here is not None:
+            here.close()  # at once: only the last one to close has something to do
         await self._reader.close()
         await self._writer.close()
 
     async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        if len(keys) <= _SHORT_READ and (found := self._at_once(self._get, keys)) is not None:
+            return found
         return await self._reader.run(self._get, keys)
 
     async def scan(
         self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
     ) -> Page:
-        return await self._reader.run(self._scan, partition, start, end, limit, reverse)
+        args = partition, start, end, limit, reverse
+        if limit <= _SHORT_READ and (page := self._at_once(self._scan, *args)) is not None:
+            return page
+        return await self._reader.run(self._scan, *args)
 
     async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
         return await self._writer.run(self._commit, writes)
@@ -166,6 +187,20 @@ class SQLiteDriver:
     async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
         names = await self._reader.run(self._partitions, cursor or "", limit)
         return names, names[-1] if len(names) == limit else None
+
+    def _at_once(self, function: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T | None:
+        """Read in this thread; None where that is left to the reader."""
+        start = time.monotonic()
+        if self._here is None or start < self._here_again:
+            return None
+        try:
+            result = function(self._here, *args)
+        except sqlite3.Error:
+            return None  # the reader waits, or tells what is wrong
+        end = time.monotonic()
+        if end - start > _SHORT_SECONDS:
+            self._here_again = end + _PAUSE_SECONDS
+        return result
 
     # What the methods above do, each in the thread of its connection:
 
@@ -248,7 +283,7 @@ class SQLiteDriver:
 
     # Opening:
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, *, waiting: bool = True) -> sqlite3.Connection:
         self._path = self._path.absolute()  # from now on the same file, whatever the working folder
         if self._create:
             _create_file(self._path)
@@ -257,7 +292,10 @@ class SQLiteDriver:
             raise ConfigurationError(message)
         # mode=rw: SQLite would create the file with whatever rights the umask leaves.
         uri = f"{self._path.as_uri()}?mode=rw"
-        return sqlite3.connect(uri, uri=True, timeout=self._busy_timeout, isolation_level=None)
+        timeout = self._busy_timeout if waiting else 0
+        return sqlite3.connect(
+            uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=waiting
+        )
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         """Change nothing in a file that cannot be used; in any other make what is missing."""

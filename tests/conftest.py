@@ -128,6 +128,10 @@ def _blockbuster() -> BlockBuster:
         guard.functions[name] = BlockBusterFunction(
             None, name, scanned_modules=ours, excluded_modules=not_ours
         )
+    # Short reads of SQLite are made where they are asked for, and moved away when they are slow.
+    for name in guard.functions:
+        if name.startswith("sqlite3."):
+            guard.functions[name].can_block_in("drivers/sqlite.py", {"_at_once"})
     # What clients read from the disk when they connect, once, is not ours to change.
     for function in guard.functions.values():
         function.can_block_in("asyncpg/connect_utils.py", {"_parse_connect_arguments"})

@@ -11,8 +11,9 @@ import random
 import signal
 import sqlite3
 import stat
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from itertools import count
 from multiprocessing.connection import Connection
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from persistence.driver import ABSENT, Delete, Key, Put, Write
+from persistence.driver import ABSENT, Delete, Entry, Key, Put, Write
 from persistence.drivers import sqlite as module
 from persistence.drivers.sqlite import SQLiteDriver, from_url, sqlite_driver
 from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
@@ -320,6 +321,65 @@ async def test_a_page_is_cut_by_size_without_reading_on(path: Path) -> None:
 
 
 # ── Locks and faults ──
+
+
+async def test_short_reads_stay_in_the_loops_thread_until_one_is_slow(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    took = 0.0
+
+    def get(driver: SQLiteDriver, db: sqlite3.Connection, keys: Sequence[Key]) -> list[Entry | None]:
+        threads.append(threading.get_ident())
+        end = time.monotonic() + took
+        while time.monotonic() < end:
+            pass
+        return [None for _ in keys]
+
+    monkeypatch.setattr(SQLiteDriver, "_get", get)
+    monkeypatch.setattr(module, "_PAUSE_SECONDS", 0.2)
+    here = threading.get_ident()
+    async with opened(path) as driver:
+
+        async def read_here(count: int = 1) -> bool:
+            assert await driver.get([Key("p", str(number)) for number in range(count)]) == [None] * count
+            return threads.pop() == here
+
+        assert await read_here()
+        assert await read_here(module._SHORT_READ)
+        assert not await read_here(module._SHORT_READ + 1)
+        took = module._SHORT_SECONDS + 0.001
+        assert await read_here()
+        assert not await read_here()
+        took = 0.0
+        assert not await read_here()
+        await asyncio.sleep(0.25)
+        assert await read_here()
+
+
+async def test_a_short_read_waits_for_no_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(path, busy_timeout=10) as driver:
+        await driver.commit([write(1, k=b"1")])
+        assert driver._here is not None
+        assert driver._here.execute("PRAGMA busy_timeout").fetchone() == (0,)
+        driver._here.close()
+        monkeypatch.setattr(driver, "_here", Busy())  # as while another process recovers after a crash
+        assert await value_of(driver, "k") == b"1"
+        page = await driver.scan("p", "", None, limit=10)
+        assert [entry.key for entry in page.entries] == ["k"]
+
+
+class Busy:
+    """A connection to a file that somebody holds."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def execute(self, *_: Any) -> Any:
+        raise sqlite3.OperationalError("database is locked")
+
+    def close(self) -> None: ...
 
 
 async def test_a_lock_held_too_long_is_unavailable_and_soon_over(path: Path) -> None:
