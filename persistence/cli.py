@@ -29,7 +29,9 @@ from rich.table import Table
 from rich.text import Text
 
 import persistence
+from persistence.checkpoints import Checkpoint, CheckpointMeta, ThreadMeta
 from persistence.codec import encode
+from persistence.collection import Listing
 from persistence.connect import Persistence, create_persistence, driver_from_url
 from persistence.driver import Driver
 from persistence.errors import ConfigurationError, InvalidKeyError, InvalidValueError, PersistenceError
@@ -62,6 +64,7 @@ app = typer.Typer(
       persistence demo
       persistence import conversations.jsonl --to sqlite:///agents.db
       persistence sessions sqlite:///agents.db
+      persistence threads sqlite:///agents.db
 
     A store is named by an URL: sqlite:///relative.db, sqlite:////absolute.db, file:///folder,
     postgresql://, mysql://, redis://, mongodb://… The environment variable PERSISTENCE_URL stands
@@ -76,6 +79,9 @@ app = typer.Typer(
 )
 
 URL = Annotated[str, typer.Argument(metavar="URL", envvar="PERSISTENCE_URL", help="The store.")]
+MaybeURL = Annotated[
+    str | None, typer.Argument(metavar="URL", help="The store. [env var: PERSISTENCE_URL]")
+]  # before another argument: whoever gives one alone means that other
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON, exactly what is stored, for programs.")]
 
 
@@ -218,9 +224,7 @@ def sessions(
 
 @app.command(no_args_is_help=True)
 def show(
-    url: Annotated[
-        str | None, typer.Argument(metavar="URL", help="The store. [env var: PERSISTENCE_URL]")
-    ] = None,
+    url: MaybeURL = None,
     session: Annotated[str | None, typer.Argument(metavar="SESSION", help="The id of the session.")] = None,
     last: Annotated[int, typer.Option(min=1, help="How many messages, from the end.")] = 20,
     full: Annotated[bool, typer.Option("--full", help="Do not shorten long messages.")] = False,
@@ -237,9 +241,7 @@ def show(
       persistence show sqlite:///agents.db s1 --last 1 --full
       persistence show sqlite:///agents.db s1 --last 1000000 --json > s1.jsonl
     """
-    store, session_id = (os.environ.get("PERSISTENCE_URL"), url) if session is None else (url, session)
-    if not store or session_id is None:
-        _fail("give an URL and a session, or a session and the URL in PERSISTENCE_URL", 2)
+    store, session_id = _store_and("session", url, session)
 
     async def work() -> tuple[SessionRecord | None, list[StoredMessage], int]:
         async with create_persistence(await _keyed(_existing(store))) as p:
@@ -263,6 +265,120 @@ def show(
         _print(Text.assemble((f"{name}: ", "bold"), shown))
     _print(_messages_table(messages, full=full))
     typer.echo(f"{len(messages):,} of {count:,} messages")
+
+
+@app.command()
+def threads(
+    url: URL,
+    limit: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """List threads of checkpoints, those begun last first.
+
+    With --json: one object with "threads" and "cursor" (null: there are no more).
+
+    \b
+    Examples:
+      persistence threads sqlite:///agents.db
+      persistence threads sqlite:///agents.db --json | jq -r '.threads[].thread_id'
+    """
+
+    async def work() -> Listing[ThreadMeta]:
+        async with create_persistence(await _keyed(_existing(url))) as p:
+            return await p.checkpoints.list_threads(limit=limit, cursor=cursor)
+
+    found = _run(work())
+    if as_json:
+        _print_json("threads", [msgspec.structs.asdict(one) for one in found], {"cursor": found.cursor})
+        return
+    table = Table()
+    table.add_column("thread", overflow="fold")
+    table.add_column("checkpoints", justify="right")
+    table.add_column("latest", overflow="fold")
+    table.add_column("updated", no_wrap=True)
+    for one in found:
+        ids = Text(_clean(one.thread_id)), f"{one.checkpoints:,}", one.latest_id
+        table.add_row(*ids, _time(one.updated_at))
+    _print(table)
+    if found.cursor is not None:
+        typer.echo(f"There are more: --cursor {shlex.quote(found.cursor)}")
+
+
+@app.command(no_args_is_help=True)
+def checkpoints(
+    url: MaybeURL = None,
+    thread: Annotated[str | None, typer.Argument(metavar="THREAD", help="The id of the thread.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    before: Annotated[str | None, typer.Option(metavar="ID", help="Only those older than this one.")] = None,
+    state: Annotated[
+        str | None, typer.Option(metavar="ID", help="Print the state of this one, or of the latest.")
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """List the checkpoints of a thread, newest first, or print the state of one.
+
+    With --json: one object with "checkpoints" and "before" (null: there are no more). With --state:
+    one object with "checkpoint", which has the state as "state". In both, where a value is beyond
+    JSON and written as a tag such as {"$bytes": "aGk="}, "tagged": true.
+
+    \b
+    Examples:
+      persistence checkpoints sqlite:///agents.db thread-1
+      persistence checkpoints sqlite:///agents.db thread-1 --state latest | jq .checkpoint.state
+    """
+    store, thread_id = _store_and("thread", url, thread)
+    if state is not None:
+        _print_state(store, thread_id, None if state == "latest" else state)
+        return
+
+    async def work() -> Listing[CheckpointMeta]:
+        async with create_persistence(await _keyed(_existing(store))) as p:
+            return await p.checkpoints.list(thread_id, limit=limit, before=before)
+
+    found = _run(work())
+    if not found and before is None:
+        _fail(f"there is no thread {thread_id!r}", 1)
+    if as_json:
+        _print_json("checkpoints", list(map(_fields, found)), {"before": found.cursor})
+        return
+    table = Table()
+    for name in ("checkpoint", "labels", "run"):
+        table.add_column(name, overflow="fold")
+    for name in ("bytes", "stored"):
+        table.add_column(name, justify="right")
+    table.add_column("created", no_wrap=True)
+    for one in found:
+        about = Text(_clean(", ".join(one.labels))), Text(_clean(one.run_id or ""))
+        sizes = f"{one.size_bytes:,}", f"{one.stored_bytes:,}"
+        table.add_row(one.id, *about, *sizes, _time(one.created_at))
+    _print(table)
+    if found.cursor is not None:
+        typer.echo(f"There are more: --before {found.cursor}")
+
+
+def _print_state(store: str, thread_id: str, checkpoint_id: str | None) -> None:
+    async def work() -> Checkpoint | None:
+        async with create_persistence(await _keyed(_existing(store))) as p:
+            return await p.checkpoints.read(thread_id, checkpoint_id)
+
+    found = _run(work())
+    if found is None:
+        what = "checkpoints" if checkpoint_id is None else f"checkpoint {checkpoint_id!r}"
+        _fail(f"the thread {thread_id!r} has no {what}", 1)
+    _print_json("checkpoint", _fields(found.meta) | {"state": found.state}, {})
+
+
+def _fields(meta: CheckpointMeta) -> dict[str, Any]:
+    return msgspec.structs.asdict(meta) | {"labels": list(meta.labels)}
+
+
+def _store_and(what: str, url: str | None, id: str | None) -> tuple[str, str]:
+    """Return the URL and the id that two arguments stand for, the first of which may be left out."""
+    store, wanted = (os.environ.get("PERSISTENCE_URL"), url) if id is None else (url, id)
+    if not store or wanted is None:
+        _fail(f"give an URL and a {what}, or a {what} and the URL in PERSISTENCE_URL", 2)
+    return store, wanted
 
 
 # ---- looking after

@@ -466,7 +466,72 @@ def test_an_unknown_session_is_an_error(imported: str) -> None:
     assert result.stderr == "Error: there is no session 'no such\\x1b'\n"
 
 
-@pytest.mark.parametrize("command", [("sessions",), ("show", "s1"), ("repair",)])
+@pytest.fixture
+def checkpointed(url: str) -> str:
+    """The URL of a store with two threads of checkpoints."""
+
+    async def put() -> None:
+        async with create_persistence(url) as p:
+            for turn in range(3):
+                state = {"turn": turn, "raw": bytes([turn])}
+                await p.checkpoints.put("t 1", state, labels=["a\x1b", "b"], metadata={"at": b"x"}, now=turn)
+            await p.checkpoints.put("t2", [1, 2], run_id="r")
+
+    asyncio.run(put())
+    return url
+
+
+def test_threads_are_listed_and_paged(checkpointed: str) -> None:
+    table = run("threads", checkpointed).stdout
+    assert table.index("t2") < table.index("t 1")
+    page = json.loads(run("threads", checkpointed, "--limit", "1", "--json").stdout)
+    assert [(one["thread_id"], one["checkpoints"]) for one in page["threads"]] == [("t2", 1)]
+    result = run("threads", checkpointed, "--limit", "1")
+    assert result.stdout.splitlines()[-1] == f"There are more: --cursor {page['cursor']}"
+    rest = json.loads(run("threads", checkpointed, "--cursor", page["cursor"], "--json").stdout)
+    assert [one["thread_id"] for one in rest["threads"]] == ["t 1"]
+    assert rest["cursor"] is None
+
+
+def test_checkpoints_of_a_thread_are_listed_and_paged(checkpointed: str) -> None:
+    page = json.loads(run("checkpoints", checkpointed, "t 1", "--limit", "2", "--json").stdout)
+    assert [one["created_at"] for one in page["checkpoints"]] == [2, 1]
+    assert page["tagged"] is True
+    assert page["checkpoints"][0]["metadata"] == {"at": {"$bytes": "eA=="}}
+    assert page["checkpoints"][0]["labels"] == ["a\x1b", "b"]
+    more = run("checkpoints", "t 1", "--limit", "2", PERSISTENCE_URL=checkpointed).stdout
+    assert "a\\x1b, b" in more
+    assert more.splitlines()[-1] == f"There are more: --before {page['before']}"
+    rest = run("checkpoints", checkpointed, "t 1", "--before", page["before"], "--json").stdout
+    assert [one["created_at"] for one in json.loads(rest)["checkpoints"]] == [0]
+    assert json.loads(rest)["before"] is None
+
+
+def test_a_state_is_printed_exactly(checkpointed: str) -> None:
+    listed = json.loads(run("checkpoints", checkpointed, "t 1", "--json").stdout)["checkpoints"]
+    for id, turn in (("latest", 2), (listed[1]["id"], 1)):
+        found = json.loads(run("checkpoints", checkpointed, "t 1", "--state", id).stdout)
+        state = decode(json.dumps(found["checkpoint"]["state"]).encode(), found["tagged"])
+        assert state == {"turn": turn, "raw": bytes([turn])}
+    plain = json.loads(run("checkpoints", checkpointed, "t2", "--state", "latest").stdout)
+    assert (plain["checkpoint"]["state"], plain["checkpoint"]["run_id"]) == ([1, 2], "r")
+    assert "tagged" not in plain
+
+
+def test_an_unknown_thread_or_checkpoint_is_an_error(checkpointed: str) -> None:
+    for arguments, message in (
+        (("t3",), "there is no thread 't3'"),
+        (("t3", "--state", "latest"), "the thread 't3' has no checkpoints"),
+        (("t2", "--state", "7"), "the thread 't2' has no checkpoint '7'"),
+    ):
+        result = run("checkpoints", checkpointed, *arguments)
+        assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"Error: {message}\n")
+    assert run("checkpoints", "t2", PERSISTENCE_URL="").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "command", [("sessions",), ("show", "s1"), ("threads",), ("checkpoints", "t1"), ("repair",)]
+)
 @pytest.mark.parametrize("scheme", ["sqlite", "file"])
 def test_looking_at_a_mistyped_path_makes_no_store(
     scheme: str, command: tuple[str, ...], tmp_path: Path
@@ -561,7 +626,9 @@ def test_help_has_an_example_for_each_command() -> None:
     commands = [
         command.name or command.callback.__name__ for command in app.registered_commands if command.callback
     ]
-    assert sorted(commands) == ["demo", "import", "repair", "schema", "sessions", "show"]
+    assert sorted(commands) == [
+        *("checkpoints", "demo", "import", "repair", "schema", "sessions", "show", "threads")
+    ]
     for command in commands:
         result = run(command, "--help")
         assert result.exit_code == 0
