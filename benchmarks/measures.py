@@ -66,6 +66,21 @@ async def append(at: Ground, tasks: int) -> None:
     await at.race(_named("append", tasks), tasks, ours, thin, peer)
 
 
+async def stream(at: Ground, tasks: int) -> None:
+    """Append a part of 30 bytes to an answer that is being made, each task to one of its own."""
+
+    def part(number: int) -> dict[str, Any]:
+        return {"type": "text", "text": f"word {number}"}
+
+    async def ours(task: int, number: int) -> None:
+        await at.p.streams.append(f"stream-{tasks}-{task}", number, part(number))
+
+    async def thin(client: Thin, task: int, number: int) -> None:
+        await client.append(f"stream-{tasks}-{task}", number, _encode(part(number)))
+
+    await at.race(_named("stream a part", tasks), tasks, ours, thin)
+
+
 async def get(at: Ground, tasks: int) -> None:
     """Get one record of a thousand by its id."""
     records = [
@@ -228,6 +243,8 @@ class Measure(NamedTuple):
 MEASURES = (
     Measure("append", partial(append, tasks=1)),
     Measure("append, 64 tasks", partial(append, tasks=_TASKS)),
+    Measure("stream a part", partial(stream, tasks=1)),
+    Measure("stream a part, 64 tasks", partial(stream, tasks=_TASKS)),
     Measure("get", partial(get, tasks=1)),
     Measure("get, 64 tasks", partial(get, tasks=_TASKS)),
     Measure("3-key conditional", conditional, SERVERS),
