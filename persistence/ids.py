@@ -21,7 +21,7 @@ from typing import Any
 
 from persistence.errors import InvalidValueError
 
-__all__ = ["Clock", "IdFactory", "as_ms", "new_id", "now_ms", "random_version"]
+__all__ = ["Clock", "IdFactory", "as_ms", "new_id", "now_ms", "random_version", "steady_seconds"]
 
 _INT64 = 1 << 63
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -35,6 +35,18 @@ Clock = Callable[[], int]
 def now_ms() -> int:
     """Return Unix time in milliseconds."""
     return time.time_ns() // 1_000_000
+
+
+# Time asleep counts too where the system can tell it: what is remembered must
+# not be taken for young because the machine was suspended.
+if hasattr(time, "CLOCK_BOOTTIME"):
+
+    def steady_seconds() -> float:
+        """Return seconds by a clock that nobody sets."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+else:
+    steady_seconds = time.monotonic
 
 
 def as_ms(value: Any, what: str) -> int:

@@ -20,7 +20,6 @@ after a day.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -38,6 +37,7 @@ from persistence.errors import (
     PersistenceError,
     UnavailableError,
 )
+from persistence.ids import steady_seconds
 from persistence.keys import number_key, prefix_end
 from persistence.store import Body, Chunks, MissingChunkError, Store, pack
 
@@ -67,17 +67,6 @@ _REMEMBERED = 10_000  # sequences whose end a writer remembers
 _PAGE = 500
 _READ_TRIES = 6
 _OVERHEAD_BYTES = 128  # key and object around a value
-
-# Time asleep counts too where the system can tell it: a number must not be
-# remembered longer because the machine was suspended.
-_seconds: Callable[[], float]
-if hasattr(time, "CLOCK_BOOTTIME"):
-
-    def _seconds() -> float:
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-else:
-    _seconds = time.monotonic
 
 Span = tuple[int, int]
 """First and last number of a run of entries."""
@@ -277,7 +266,7 @@ class Log:
             self._store.coalescer.start(self._drain(partition, queue))
 
     def _send_at_once(self, partition: str, queue: deque[_Append]) -> bool:
-        now = _seconds()
+        now = steady_seconds()
         tail = self._remembered(partition, now)
         if tail is None or queue[0].edit is not None:
             return False
@@ -306,7 +295,7 @@ class Log:
         attempt = 0
         try:
             while queue:
-                tail = self._remembered(partition, _seconds())
+                tail = self._remembered(partition, steady_seconds())
                 if tail is None:
                     tail = await self._look(partition, queue)
                 batch = self._take(partition, queue, tail)
@@ -420,7 +409,7 @@ class Log:
                 arrived.set_result(taken)
 
         try:
-            self._depart(partition, batch, tail, _seconds(), landed)
+            self._depart(partition, batch, tail, steady_seconds(), landed)
         except Exception as error:  # the batch alone has failed, not those behind it
             _fail(batch, error)
             return True
@@ -491,7 +480,7 @@ class Log:
 
     async def tail(self, partition: str) -> Tail:
         """Read the end of the sequence: one round trip."""
-        since = _seconds()
+        since = steady_seconds()
         page = await self._store.coalescer.scan(partition, self._prefix, self._end, limit=1, reverse=True)
         tail = self._tail_of(partition, page.entries, since)
         if partition not in self._queues:  # who appends there knows better
@@ -556,7 +545,7 @@ class Log:
         end = self._end if below is None else self._key(below)
         first = self._store.coalescer.scan(partition, start, end, limit=wanted, reverse=newest)
         if newest and below is None:
-            since = _seconds()
+            since = steady_seconds()
             page = await first
             ending = page.entries[:1]
             if not ending and above:

@@ -270,17 +270,11 @@ class Repair:
     # ---- streams
 
     async def _stream(self, partition: str) -> None:
-        streams = self._streams
-        if await streams.has_expired(partition):
-            self.report.streams_expired += 1
-            if not self.dry_run:
-                await streams.expire(partition)
-        lives = await streams.leftovers(partition)
-        self.report.streams_removed += len(lives)
-        if not self.dry_run:
-            await streams.drop_leftovers(partition, lives)
-            await streams.drop_ended_lock(partition)
-        used, before = partial(streams.chunk_ids, partition), self._now - HINT_AGE_MS
+        done = await self._streams.repair(partition, dry_run=self.dry_run)
+        self.report.streams_expired += done.expired
+        self.report.streams_removed += done.left
+        self.report.tombstones_removed += done.marks
+        used, before = partial(self._streams.chunk_ids, partition), self._now - HINT_AGE_MS
         dropped = await drop_chunks(self.store, partition, used, before, dry_run=self.dry_run)
         self.report.chunks_removed += dropped
 

@@ -1,11 +1,16 @@
 """Streams that a client can take up again: the parts of an answer, numbered from 0, while it is being made.
 
-In the partition ``stream/<id>`` the entry ``head`` says how many parts there
-are, and in which *life* of the stream: an id made with its first part. Part *i*
-is ``part/<life>/<i as 12 digits>``, written together with the head and under
-the version of the head that its writer had read. So an append is one Write, no
-two writers add the same part, and what a delete or an expiry leaves behind
-belongs to a life that is over: it is never read, and may be removed at any time.
+In the partition ``stream/<id>`` the entry ``head`` names the present *life* of
+the stream: an id made with its first part. Part *i* is the entry
+``part/<life>/<i>``, created where nothing was, ``expect=ABSENT``: so an append
+is one Put, and no two writers add the same part. Each part carries what the
+next one must know: how long all are together, whether the last has come.
+
+A life ends when the stream is deleted, or begins anew after it has expired:
+one Write takes the head away, or gives it another life, and puts a *mark*
+where the next part would go, so that a writer who knows of nothing is refused.
+What is left of a life that is over is never read, and may be removed at any
+time; the mark stays for a day, longer than any writer goes by what it knows.
 
 ``lock`` says who continues the stream, and until when.
 """
@@ -14,14 +19,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
 from math import isfinite
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
-from msgspec import Raw
-from msgspec.structs import replace
+from msgspec import Raw, UnsetType
 
 from persistence.calls import Repository, public, public_change
 from persistence.coalescer import backoff
@@ -34,16 +38,19 @@ from persistence.errors import (
     OutcomeUnknownError,
     UnavailableError,
 )
+from persistence.ids import steady_seconds
 from persistence.keys import encode_id, number_key, prefix_end
+from persistence.log import FORGET_SECONDS
 from persistence.store import Body, Chunks, MissingChunkError, Store, pack
 
-__all__ = ["StreamMeta", "Streams"]
+__all__ = ["StreamMeta", "StreamRepair", "Streams"]
 
 _KIND: Final = "stream"
 _HEAD, _LOCK, _PART = "head", "lock", "part/"
 _LAST_PARTS = frozenset({"finish", "error"})
+_MARK_MS = 86_400_000
 _CONTENTION_SECONDS = 10.0
-_REMEMBERED = 10_000  # streams whose head a writer or reader remembers
+_REMEMBERED = 10_000  # streams whose end a process remembers
 _PAGE = 500
 _READ_TRIES = 6
 
@@ -64,23 +71,23 @@ class StreamMeta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Head(Body):
-    """`n` parts of `z` bytes, in the life `life`. `ttl`: milliseconds, 0: none. `big`: some lie in chunks."""
-
     id: str = ""
     life: str = ""
-    n: int = 0
-    z: int = 0
-    done: bool = False
-    at: int = 0
-    ttl: int = 0
-    big: bool = False
-
-    def alive(self, now: int) -> bool:
-        return not self.ttl or now < self.at + self.ttl
 
 
 class _PartBody(Body):
+    """A part (`v` or `c`), or the mark after the last one (`gone`).
+
+    `z`: bytes of all parts so far. `done`: this one ends the stream. `ttl`: milliseconds that the
+    stream stays, 0: for ever. `big`: some parts so far lie in chunks.
+    """
+
     at: int = 0
+    z: int = 0
+    done: bool = False
+    ttl: int = 0
+    big: bool = False
+    gone: bool = False
 
 
 class _LockBody(Body):
@@ -94,15 +101,32 @@ class _Limits(NamedTuple):
     ttl: int | None  # milliseconds
 
 
+class _End(NamedTuple):
+    """What is known of a stream, and since when: its head, how many parts it has, and the last of them."""
+
+    life: str
+    head: int  # the version of the head
+    parts: int
+    last: _PartBody
+    since: float
+
+
+class StreamRepair(NamedTuple):
+    """What was done for one stream, or would be."""
+
+    expired: bool
+    left: int  # lives that were over, and of which parts were left
+    marks: int
+
+
 class _Warm:
     """What a process remembers of a stream."""
 
-    __slots__ = ("head", "lock", "version")
+    __slots__ = ("end", "lock")
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()  # held by who appends
-        self.head: _Head | None = None
-        self.version = ABSENT
+        self.end: _End | None = None
 
 
 class _ChangedError(Exception):
@@ -136,8 +160,8 @@ class Streams(Repository):
     ) -> StreamMeta:
         """Append a part, any value that can be stored; return what is known of the stream then.
 
-        One round trip (two on MongoDB) for who appended or read last, one more
-        for any other. `index` must be the number of parts so far, else
+        One round trip for who begins the stream (two on MongoDB), or has
+        appended or read before; two for any other. `index` must be the number of parts so far, else
         `ConflictError`: so a part is there once, whoever repeats the call.
         After a part whose `type` is ``finish`` or ``error`` nothing more can
         be appended: `ConflictError`. `InvalidValueError` if there would be
@@ -153,19 +177,19 @@ class Streams(Repository):
         )
         _whole(0, index, "index")
         body = _PartBody(at=self._store.clock())
-        last = _is_last(part)
+        body.done = _is_last(part)
         await self._store.fill(partition, body, part)
         warm = self._warm_of(partition)
         async with warm.lock:
             try:
-                head = await self._append(partition, stream_id, index, body, part, last, limits, warm)
+                end = await self._append(partition, stream_id, index, body, part, limits, warm)
             except (ConflictError, InvalidValueError):
-                await self._drop_chunks(partition, body)
+                await self._drop_chunks(partition, [body.c])
                 raise
             except BaseException:
-                warm.head = None  # the Write may have been applied
+                warm.end = None  # the Write may have been applied
                 raise
-        return _meta(head)
+        return _meta(end)
 
     @public
     async def get_parts(
@@ -189,19 +213,18 @@ class Streams(Repository):
             with suppress(_ChangedError):
                 return await self._read(partition, from_index, limit)
             await backoff(attempt)
-        message = "the stream changes faster than it can be read"
-        raise UnavailableError(message, partition=partition)
+        raise _restless(partition)
 
     @public
     async def get_meta(self, stream_id: str, *, timeout: float | None = None) -> StreamMeta:
         """Return what is known of a stream; one that is not there has no parts."""
-        head, _ = await self._look(_partition(stream_id))
-        return _meta(head if head is not None and head.alive(self._store.clock()) else None)
+        return _meta(self._alive(await self._look(_partition(stream_id))))
 
     @public_change
     async def delete(self, stream_id: str, *, timeout: float | None = None) -> int:
         """Delete a stream; return how many parts it had. It may begin anew, with index 0."""
-        return await self._delete(_partition(stream_id))
+        end = await self._delete(_partition(stream_id))
+        return end.parts if end is not None and self._alive(end) else 0
 
     @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> int:
@@ -210,7 +233,7 @@ class Streams(Repository):
 
         async def expire(partition: str) -> None:
             nonlocal deleted
-            deleted += await self.expire(partition)
+            deleted += await self._expire(partition)
 
         await self._deadlines.sweep(_KIND, expire)
         return deleted
@@ -254,74 +277,84 @@ class Streams(Repository):
         index: int,
         body: _PartBody,
         part: Any,
-        last: bool,
         limits: _Limits,
         warm: _Warm,
-    ) -> _Head:
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
-        attempt = 0
-        looked = hinted = False
+    ) -> _End:
+        tries = _Tries(partition)
+        hinted = False
+        end = warm.end if warm.end is None or steady_seconds() - warm.end.since < FORGET_SECONDS else None
         # Nothing is known of most streams that begin: the Write itself finds out whether that is right.
-        found, version = warm.head, ABSENT if warm.head is None else warm.version
+        looked = end is None and index > 0
+        if looked:
+            end = await self._look(partition)
         while True:
-            live = found if found is not None and found.alive(self._store.clock()) else None
-            head = self._next(live, stream_id, body, last, limits)
-            doubt = _doubt(partition, index, live, head, limits)
+            live = self._alive(end)
+            _continue(body, live, limits)
+            doubt = _doubt(partition, index, body, live, limits)
+            if doubt is not None and looked:
+                warm.end = end
+                raise doubt
             if doubt is None:
-                if head.ttl and not hinted and (live is None or head.ttl != live.ttl):
-                    await self._deadlines.put(partition, head.at + head.ttl)
+                if body.ttl and not hinted and (live is None or body.ttl != live.last.ttl):
+                    await self._deadlines.put(partition, body.at + body.ttl)
                     hinted = True
-                ops: list[Op] = [
-                    Put(_HEAD, pack(head), version),
-                    Put(_part_key(head.life, index), pack(body), ABSENT),
-                ]
-                written = await self._store.coalescer.write(partition, ops)
-                if written:
-                    warm.head, warm.version = head, written
-                    if found is not None and live is None:
+                since = steady_seconds()
+                life = self._store.ids() if live is None else live.life
+                ops: list[Op] = [Put(_part_key(life, index), pack(body), ABSENT)]
+                if live is None:
+                    ops.append(Put(_HEAD, pack(_Head(id=stream_id, life=life)), end.head if end else ABSENT))
+                if live is None and end is not None:
+                    ops.append(self._mark(end))
+                version = await self._store.coalescer.write(partition, ops)
+                if version:
+                    warm.end = _End(life, version if live is None else live.head, index + 1, body, since)
+                    if live is None and end is not None:
                         # The part is stored; what cannot be removed now, `repair` will.
                         with suppress(UnavailableError, OutcomeUnknownError):
-                            await self._drop_life(partition, found)
-                    return head
-                if asyncio.get_running_loop().time() > deadline:
-                    message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
-                    raise UnavailableError(message, partition=partition)
-                if attempt:
-                    await backoff(attempt - 1)
-                attempt += 1
+                            await self._purge(partition, end.life, end.parts)
+                    return warm.end
+                await tries.another()
                 if isinstance(body.c, Chunks):
                     # It may have been written, unanswered, and deleted since: then its chunks are
                     # gone, or about to go.
-                    await self._drop_chunks(partition, body)
+                    await self._drop_chunks(partition, [body.c])
                     await self._store.fill(partition, body, part)
-            elif looked:
-                warm.head, warm.version = live, version
-                raise doubt
-            found, version = await self._look(partition)
-            looked = True
+            end, looked = await self._look(partition), True
 
-    def _next(
-        self, live: _Head | None, stream_id: str, body: _PartBody, last: bool, limits: _Limits
-    ) -> _Head:
-        """Return the head after a part."""
-        head = _Head(id=stream_id, life=self._store.ids()) if live is None else live
-        size = body.c.size if isinstance(body.c, Chunks) else len(body.v) if isinstance(body.v, Raw) else 0
-        return replace(
-            head,
-            n=head.n + 1,
-            z=head.z + size,
-            done=head.done or last,
-            at=max(head.at, body.at),
-            ttl=head.ttl if limits.ttl is None else limits.ttl,
-            big=head.big or isinstance(body.c, Chunks),
-        )
+    def _alive(self, end: _End | None) -> _End | None:
+        """Return `end` unless the stream has expired."""
+        if end is None or (end.last.ttl and self._store.clock() >= end.last.at + end.last.ttl):
+            return None
+        return end
 
-    async def _look(self, partition: str) -> tuple[_Head | None, int]:
-        """Return the head, were it expired, and its version."""
-        (entry,) = await self._store.coalescer.get([Key(partition, _HEAD)])
-        if entry is None:
-            return None, ABSENT
-        return self._store.unpack(self._heads, partition, entry), entry.version
+    def _mark(self, end: _End) -> Put:
+        """Return what ends a life: nobody appends to it any more."""
+        return Put(_part_key(end.life, end.parts), pack(_PartBody(at=self._store.clock(), gone=True)), ABSENT)
+
+    async def _look(self, partition: str) -> _End | None:
+        """Read the end of the stream, expired or not: one round trip, two for one that began anew of late."""
+        for attempt in range(_READ_TRIES):
+            since = steady_seconds()
+            heads, entry = await asyncio.gather(
+                self._store.coalescer.get([Key(partition, _HEAD)]), self._greatest(partition, _PART)
+            )
+            if heads[0] is None:
+                return None
+            life = self._store.unpack(self._heads, partition, heads[0]).life
+            if entry is None or not entry.key.startswith(_life_prefix(life)):
+                entry = await self._greatest(partition, _life_prefix(life))
+            if entry is None:
+                message = "the stream has no parts"
+                raise CorruptRecordError(message, partition=partition, key=_HEAD)
+            body = self._store.unpack(self._parts, partition, entry)
+            if not body.gone:
+                return _End(life, heads[0].version, _index(partition, entry.key) + 1, body, since)
+            await backoff(attempt)  # its head was read before the end of this life, the mark after it
+        raise _restless(partition)
+
+    async def _greatest(self, partition: str, prefix: str) -> Entry | None:
+        page = await self._store.coalescer.scan(partition, prefix, prefix_end(prefix), limit=1, reverse=True)
+        return page.entries[0] if page.entries else None
 
     def _warm_of(self, partition: str) -> _Warm:
         warm = self._warm.get(partition)
@@ -336,155 +369,152 @@ class Streams(Repository):
 
     async def _read(self, partition: str, start: int, limit: int | None) -> list[Any]:
         warm = self._warm_of(partition)
-        guess = warm.head
-        # Who knows the life reads both at once; of what it was wrong about nothing is used.
-        looking = self._look(partition)
-        if guess is None:
-            head, version = await looking
-            page = None
+        page: list[Entry] = []
+        if warm.end is None:
+            end = await self._look(partition)
         else:
-            (head, version), page = await asyncio.gather(
-                looking, self._page(partition, guess.life, start, limit)
+            # Who knows the life reads both at once; of another life nothing is used.
+            guess = warm.end.life
+            end, page = await asyncio.gather(
+                self._look(partition), self._page(partition, guess, start, _PAGE if limit is None else limit)
             )
-        live = head if head is not None and head.alive(self._store.clock()) else None
-        count = 0 if live is None else live.n
+            if end is None or end.life != guess:
+                page = []
         if not warm.lock.locked():
-            warm.head, warm.version = live, version
+            warm.end = end
+        live = self._alive(end)
+        count = 0 if live is None else live.parts
         if start > count:
             message = f"from_index={start}: the stream has {count} parts"
             raise InvalidValueError(message, partition=partition)
-        if live is None:
-            return []
-        end = count if limit is None else min(count, start + limit)
-        if page is None or guess is None or guess.life != live.life:
-            page = await self._page(partition, live.life, start, limit)
         parts: list[Any] = []
-        while True:
-            for entry in page:
-                parts.append(await self._value(partition, live, start + len(parts), entry))
-            if start + len(parts) >= end:
-                return parts
-            left = None if limit is None else limit - len(parts)
-            page = await self._page(partition, live.life, start + len(parts), left)
+        if live is None:
+            return parts
+        stop = count if limit is None else min(count, start + limit)
+        while start < stop:
+            page = page or await self._page(partition, live.life, start, stop - start)
             if not page:
-                await self._missing(partition, live, start + len(parts))
+                await self._missing(partition, live, start)
+            for entry in page[: stop - start]:
+                parts.append(await self._value(partition, live, start, entry))
+                start += 1
+            page = []
+        return parts
 
-    async def _page(self, partition: str, life: str, start: int, limit: int | None) -> list[Entry]:
-        most = _PAGE if limit is None else min(limit, _PAGE)
-        if not most:
+    async def _page(self, partition: str, life: str, start: int, limit: int) -> list[Entry]:
+        if not limit:
             return []
-        prefix = _part_prefix(life)
-        page = await self._store.coalescer.scan(
-            partition, _part_key(life, start), prefix_end(prefix), limit=most
-        )
-        return page.entries
+        first, end = _part_key(life, start), prefix_end(_life_prefix(life))
+        return (await self._store.coalescer.scan(partition, first, end, limit=min(limit, _PAGE))).entries
 
-    async def _value(self, partition: str, head: _Head, index: int, entry: Entry) -> Any:
-        if entry.key != _part_key(head.life, index):
-            await self._missing(partition, head, index)
+    async def _value(self, partition: str, end: _End, index: int, entry: Entry) -> Any:
         body = self._store.unpack(self._parts, partition, entry)
+        if body.gone or entry.key != _part_key(end.life, index):
+            await self._missing(partition, end, index)
         try:
             return await self._store.value(partition, entry.key, body)
         except MissingChunkError:
-            await self._missing(partition, head, index)
-            raise
+            await self._missing(partition, end, index)
 
-    async def _missing(self, partition: str, head: _Head, index: int) -> None:
+    async def _missing(self, partition: str, end: _End, index: int) -> NoReturn:
         """Raise for a part that is not there: the stream was deleted meanwhile, or is corrupt."""
-        now, _ = await self._look(partition)
-        if now is None or now.life != head.life:
+        now = await self._look(partition)
+        if now is None or now.life != end.life:
             raise _ChangedError
-        message = f"part {index} of the stream is missing"
-        raise CorruptRecordError(message, partition=partition, key=_part_key(head.life, index))
+        message = f"part {index} of the stream is missing, or its content is"
+        raise CorruptRecordError(message, partition=partition, key=_part_key(end.life, index))
 
     # ---- removing
 
-    async def _delete(self, partition: str) -> int:
-        attempt = 0
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
+    async def _delete(self, partition: str, *, only_expired: bool = False) -> _End | None:
+        """End the present life; return what its end was, None if there is nothing to delete."""
+        tries = _Tries(partition)
         while True:
-            head, version = await self._look(partition)
-            if head is None:
-                return 0
-            if await self._remove(partition, head, version):
-                return head.n if head.alive(self._store.clock()) else 0
-            if asyncio.get_running_loop().time() > deadline:
-                message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
-                raise UnavailableError(message, partition=partition)
-            await backoff(attempt)
-            attempt += 1
+            end = await self._look(partition)
+            if end is None or (only_expired and self._alive(end)):
+                return None
+            chunks = [one async for one in self._chunks(partition, end.life)] if end.last.big else []
+            # The lock stays: who deletes a stream to begin it anew may be the one who holds it.
+            if await self._store.coalescer.write(partition, [self._mark(end), Delete(_HEAD, end.head)]):
+                await self._drop_chunks(partition, chunks)
+                await self._purge(partition, end.life, end.parts)
+                return end
+            await tries.another()
 
-    async def _remove(self, partition: str, head: _Head, version: int) -> bool:
-        # The lock stays: who deletes a stream to begin it anew may be the one who holds it.
-        if not await self._store.coalescer.write(partition, [Delete(_HEAD, version)]):
-            return False
-        await self._drop_life(partition, head)
-        return True
+    async def _purge(self, partition: str, life: str, count: int) -> None:
+        await self._store.coalescer.purge(partition, _part_key(life, 0), _part_key(life, count))
 
-    async def _drop_life(self, partition: str, head: _Head) -> None:
-        prefix = _part_prefix(head.life)
-        if head.big:
-            async for chunks in self._chunks(partition, prefix):
-                await self._store.drop_chunks(partition, [chunks])
-        await self._store.coalescer.purge(partition, prefix, prefix_end(prefix))
-
-    async def _chunks(self, partition: str, prefix: str) -> AsyncIterator[Chunks]:
+    async def _chunks(self, partition: str, life: str | None = None) -> AsyncIterator[Chunks]:
+        """Yield where parts lie in chunks: all of them, or those of a life that can be read."""
+        prefix = _PART if life is None else _life_prefix(life)
         async for entries in self._store.coalescer.pages(partition, prefix, prefix_end(prefix), limit=_PAGE):
             for entry in entries:
-                body = self._store.unpack(self._parts, partition, entry)
+                try:
+                    body = self._store.unpack(self._parts, partition, entry)
+                except CorruptRecordError:
+                    if life is None:
+                        raise
+                    continue
                 if isinstance(body.c, Chunks):
                     yield body.c
 
-    async def _drop_chunks(self, partition: str, body: _PartBody) -> None:
-        if isinstance(body.c, Chunks):
-            await self._store.drop_chunks(partition, [body.c])
+    async def _drop_chunks(self, partition: str, dropped: Iterable[Chunks | UnsetType]) -> None:
+        await self._store.drop_chunks(partition, [one for one in dropped if isinstance(one, Chunks)])
 
-    async def expire(self, partition: str) -> bool:
-        """Delete the stream of `partition` if its time has come; tell whether it was so."""
-        while True:
-            head, version = await self._look(partition)
-            if head is None:
-                return False
-            if head.alive(self._store.clock()):
-                if head.ttl:  # it went on since: its end is a later one
-                    await self._deadlines.put(partition, head.at + head.ttl)
-                return False
-            if await self._remove(partition, head, version):
-                return True
+    async def _expire(self, partition: str) -> bool:
+        """Delete the stream of `partition` if its time has come; tell whether that was so."""
+        if await self._delete(partition, only_expired=True):
+            return True
+        end = await self._look(partition)
+        if end is not None and end.last.ttl:  # it went on since: its end is a later one
+            await self._deadlines.put(partition, end.last.at + end.last.ttl)
+        return False
 
     # ---- repair
 
-    async def has_expired(self, partition: str) -> bool:
-        """Tell whether the time of the stream of `partition` has come."""
-        head, _ = await self._look(partition)
-        return head is not None and not head.alive(self._store.clock())
+    async def repair(self, partition: str, *, dry_run: bool) -> StreamRepair:
+        """Remove an expired stream, what a crash left of deleted ones, and marks and locks that are old."""
+        end = await self._look(partition)
+        expired = end is not None and not self._alive(end)
+        if expired and not dry_run:
+            await self._expire(partition)
+        left = marks = 0
+        for life, entry in await self._lives_over(partition):
+            body = self._store.unpack(self._parts, partition, entry)
+            count = _index(partition, entry.key) + (not body.gone)
+            first = await self._page(partition, life, 0, 1)
+            if first and first[0].key < _part_key(life, count):
+                left += 1
+                if not dry_run:
+                    await self._purge(partition, life, count)
+            if body.gone and body.at < self._store.clock() - _MARK_MS:
+                marks += 1
+                if not dry_run:
+                    await self._store.coalescer.write(
+                        partition, [Delete(entry.key, entry.version)], hint=True
+                    )
+        held, version = await self._held(partition)
+        if held is None and version and not dry_run:
+            await self._store.coalescer.write(partition, [Delete(_LOCK, version)])
+        return StreamRepair(expired, left, marks)
 
-    async def leftovers(self, partition: str) -> list[str]:
-        """Return the lives that are over and of which parts are left."""
-        lives = []
+    async def _lives_over(self, partition: str) -> list[tuple[str, Entry]]:
+        """Return the lives that are over and their greatest entries."""
+        found: list[tuple[str, Entry]] = []
         start, end = _PART, prefix_end(_PART)
         while (page := await self._store.coalescer.scan(partition, start, end, limit=1)).entries:
             life = page.entries[0].key.split("/")[1]
-            lives.append(life)
-            start = prefix_end(_part_prefix(life))
-        # Read after them: what was there and is not the present life will never be again.
-        head, _ = await self._look(partition)
-        return [life for life in lives if head is None or life != head.life]
-
-    async def drop_leftovers(self, partition: str, lives: list[str]) -> None:
-        """Remove what `leftovers` found."""
-        for life in lives:
-            await self._store.coalescer.purge(partition, _part_prefix(life), prefix_end(_part_prefix(life)))
-
-    async def drop_ended_lock(self, partition: str) -> None:
-        """Remove the lock if its time is up."""
-        held, version = await self._held(partition)
-        if held is None and version:
-            await self._store.coalescer.write(partition, [Delete(_LOCK, version)])
+            entry = await self._greatest(partition, _life_prefix(life))
+            found += [] if entry is None else [(life, entry)]
+            start = prefix_end(_life_prefix(life))
+        # Read after them: what was there, and is not the present life, will never be again.
+        (head,) = await self._store.coalescer.get([Key(partition, _HEAD)])
+        present = "" if head is None else self._store.unpack(self._heads, partition, head).life
+        return [(life, entry) for life, entry in found if life != present]
 
     async def chunk_ids(self, partition: str) -> set[str]:
         """Return the ids of the chunks that parts lie in."""
-        return {chunks.id async for chunks in self._chunks(partition, _PART)}
+        return {chunks.id async for chunks in self._chunks(partition)}
 
     # ---- locks
 
@@ -509,23 +539,55 @@ class Streams(Repository):
         return bool(await self._store.coalescer.write(partition, [op]))
 
 
+class _Tries:
+    """Pauses between the tries of who meets others, until it takes too long."""
+
+    def __init__(self, partition: str) -> None:
+        self._partition = partition
+        self._deadline = steady_seconds() + _CONTENTION_SECONDS
+        self._made = 0
+
+    async def another(self) -> None:
+        """Wait before the next try; raise `UnavailableError` if it is too late for one."""
+        if steady_seconds() > self._deadline:
+            message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
+            raise UnavailableError(message, partition=self._partition)
+        if self._made:
+            await backoff(self._made - 1)
+        self._made += 1
+
+
+def _continue(body: _PartBody, live: _End | None, limits: _Limits) -> None:
+    """Give a part what it says about the stream so far."""
+    before = _PartBody() if live is None else live.last
+    size = body.c.size if isinstance(body.c, Chunks) else len(body.v) if isinstance(body.v, Raw) else 0
+    body.z = before.z + size
+    body.ttl = before.ttl if limits.ttl is None else limits.ttl
+    body.big = before.big or isinstance(body.c, Chunks)
+
+
 def _doubt(
-    partition: str, index: int, live: _Head | None, head: _Head, limits: _Limits
+    partition: str, index: int, body: _PartBody, live: _End | None, limits: _Limits
 ) -> ConflictError | InvalidValueError | None:
-    count = 0 if live is None else live.n
+    count = 0 if live is None else live.parts
     if index != count:
         message = f"the stream has {count} parts: the next index is {count}, not {index}"
         return ConflictError(message, partition=partition)
-    if live is not None and live.done:
+    if live is not None and live.last.done:
         message = "the stream has ended: delete it to begin it anew"
         return ConflictError(message, partition=partition)
-    if limits.events is not None and head.n > limits.events:
+    if limits.events is not None and count >= limits.events:
         message = f"the stream has {count} parts; max_events={limits.events}"
         return InvalidValueError(message, partition=partition)
-    if limits.bytes is not None and head.z > limits.bytes:
-        message = f"the stream would have {head.z:,} bytes; max_bytes={limits.bytes}"
+    if limits.bytes is not None and body.z > limits.bytes:
+        message = f"the stream would have {body.z:,} bytes; max_bytes={limits.bytes}"
         return InvalidValueError(message, partition=partition)
     return None
+
+
+def _restless(partition: str) -> UnavailableError:
+    message = "the stream changes faster than it can be read"
+    return UnavailableError(message, partition=partition)
 
 
 def _is_last(part: Any) -> bool:
@@ -533,15 +595,16 @@ def _is_last(part: Any) -> bool:
     return isinstance(kind, str) and kind in _LAST_PARTS
 
 
-def _meta(head: _Head | None) -> StreamMeta:
-    if head is None:
+def _meta(end: _End | None) -> StreamMeta:
+    if end is None:
         return StreamMeta(next_index=0, completed=False, updated_at=None, size_bytes=0, expires_at=None)
+    last = end.last
     return StreamMeta(
-        next_index=head.n,
-        completed=head.done,
-        updated_at=head.at,
-        size_bytes=head.z,
-        expires_at=head.at + head.ttl if head.ttl else None,
+        next_index=end.parts,
+        completed=last.done,
+        updated_at=last.at,
+        size_bytes=last.z,
+        expires_at=last.at + last.ttl if last.ttl else None,
     )
 
 
@@ -549,12 +612,20 @@ def _partition(stream_id: str) -> str:
     return f"{_KIND}/{encode_id(stream_id, 'stream_id')}"
 
 
-def _part_prefix(life: str) -> str:
+def _life_prefix(life: str) -> str:
     return f"{_PART}{life}/"
 
 
 def _part_key(life: str, index: int) -> str:
-    return number_key(_part_prefix(life), index)
+    return number_key(_life_prefix(life), index)
+
+
+def _index(partition: str, key: str) -> int:
+    try:
+        return int(key.rpartition("/")[2])
+    except ValueError as error:
+        message = "the key of a part ends in no number"
+        raise CorruptRecordError(message, partition=partition, key=key) from error
 
 
 def _whole(least: int, value: int, what: str) -> int:

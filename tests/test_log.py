@@ -458,7 +458,7 @@ async def test_a_number_is_forgotten_after_a_while(
     p: Persistence, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_000.0
-    monkeypatch.setattr("persistence.log._seconds", lambda: now)
+    monkeypatch.setattr("persistence.log.steady_seconds", lambda: now)
     await p.sessions.add_message("s", {})
     now += 599
     driver.forget()

@@ -73,7 +73,7 @@ class Writers(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.now = 1_800_000_000_000
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("persistence.log._seconds", lambda: self.now / 1000)
+        self.patch.setattr("persistence.log.steady_seconds", lambda: self.now / 1000)
         self.memory = MemoryDriver()
         self.drivers = [RecordingDriver(self.memory) for _ in range(WRITERS)]
         self.opened = [self.run(self.open(driver)) for driver in self.drivers]
