@@ -25,7 +25,7 @@ from math import isfinite
 from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
-from msgspec import Raw, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from persistence.calls import Repository, public, public_change
 from persistence.coalescer import backoff
@@ -161,11 +161,13 @@ class Streams(Repository):
         """Append a part, any value that can be stored; return what is known of the stream then.
 
         One round trip for who begins the stream (two on MongoDB), or has
-        appended or read before; two for any other. `index` must be the number of parts so far, else
-        `ConflictError`: so a part is there once, whoever repeats the call.
-        After a part whose `type` is ``finish`` or ``error`` nothing more can
-        be appended: `ConflictError`. `InvalidValueError` if there would be
-        more than `max_events` parts, or more than `max_bytes` bytes of JSON.
+        appended or read before; two for any other.
+
+        `index` must be the number of parts so far, else `ConflictError`: so a
+        part is there once, whoever repeats the call. After a part whose `type`
+        is ``finish`` or ``error`` nothing more can be appended:
+        `ConflictError`. `InvalidValueError` if there would be more than
+        `max_events` parts, or more than `max_bytes` bytes of JSON.
         `ttl_seconds`: how long the stream stays after its last part; it is
         kept for later parts that do not say.
         """
@@ -307,6 +309,7 @@ class Streams(Repository):
                     ops.append(self._mark(end))
                 version = await self._store.coalescer.write(partition, ops)
                 if version:
+                    body.v = body.c = UNSET  # what is remembered must stay small
                     warm.end = _End(life, version if live is None else live.head, index + 1, body, since)
                     if live is None and end is not None:
                         # The part is stored; what cannot be removed now, `repair` will.
@@ -348,6 +351,7 @@ class Streams(Repository):
                 raise CorruptRecordError(message, partition=partition, key=_HEAD)
             body = self._store.unpack(self._parts, partition, entry)
             if not body.gone:
+                body.v = body.c = UNSET
                 return _End(life, heads[0].version, _index(partition, entry.key) + 1, body, since)
             await backoff(attempt)  # its head was read before the end of this life, the mark after it
         raise _restless(partition)
