@@ -18,8 +18,8 @@ one transaction and one fsync.
 
 The hop takes several times as long as a short read, which mostly finds its
 pages in memory. So a third connection makes those in the event loop's own
-thread: it never waits for a lock, and once one takes more than 2 ms, because
-the disk is slow or the values are large, the reader makes them for a second.
+thread. It never waits for a lock; when a read has taken 2 ms, because the disk
+is slow or the values are large, the reader does it, and all others for a second.
 """
 
 from __future__ import annotations
@@ -98,6 +98,10 @@ _KINDS: Final[dict[int, type[PersistenceError]]] = {
 _creating = threading.Lock()
 
 
+class _SlowError(Exception):
+    """A read in the event loop's thread takes too long."""
+
+
 class SQLiteDriver:
     """Keep everything in the SQLite file `path`.
 
@@ -137,6 +141,7 @@ class SQLiteDriver:
         self._reader = _Connection(self._path)
         self._here: sqlite3.Connection | None = None  # for short reads in the event loop's thread
         self._here_again = 0.0  # not before this time, by the monotonic clock
+        self._here_until = 0.0  # and the one under way not after this
 
     def __repr__(self) -> str:
         return f"sqlite_driver({str(self._path)!r}, namespace={self._namespace!r})"
@@ -193,14 +198,17 @@ class SQLiteDriver:
         start = time.monotonic()
         if self._here is None or start < self._here_again:
             return None
-        try:
+        self._here_until = start + _SHORT_SECONDS
+        result = None
+        with suppress(sqlite3.Error, _SlowError):  # the reader waits, or tells what is wrong
             result = function(self._here, *args)
-        except sqlite3.Error:
-            return None  # the reader waits, or tells what is wrong
-        end = time.monotonic()
-        if end - start > _SHORT_SECONDS:
+        if (end := time.monotonic()) > self._here_until:
             self._here_again = end + _PAUSE_SECONDS
         return result
+
+    def _check_time(self, db: sqlite3.Connection) -> None:
+        if db is self._here and time.monotonic() > self._here_until:
+            raise _SlowError
 
     # What the methods above do, each in the thread of its connection:
 
@@ -211,6 +219,7 @@ class SQLiteDriver:
             if len(keys) > 1:
                 db.execute("BEGIN")  # one snapshot for all
             for partition, key in keys:
+                self._check_time(db)
                 row = db.execute(self._sql["get"], (self._name(partition), key)).fetchone()
                 found.append(None if row is None else Entry._make(row))
         return found
@@ -225,6 +234,7 @@ class SQLiteDriver:
         # SQLite looks for rows when they are asked for: a page that its size cuts short reads little further.
         with closing(db.execute(statement, (*bounds, limit + 1))) as rows:
             while found := rows.fetchmany(_ROWS):
+                self._check_time(db)
                 entries += map(Entry._make, found)
                 size += sum([len(key) + len(value) for key, value, _ in found])
                 if size > PAGE_BYTES:

@@ -50,6 +50,7 @@ T = TypeVar("T")
 _DEFAULT_LABEL: Final = "New Checkpoint"
 _LISTED: Final = 100
 _READ_AT_ONCE: Final = 8  # states, which may be large
+_NAME_CHARS: Final = 50_000
 _SHOWN_CHARS: Final = 80  # of a name, which may be a whole message
 
 
@@ -189,7 +190,7 @@ class AgentCheckpointService:
 
 
 class AutoCheckpoint:
-    """The hook that saves an agent after each message, under the message as its name."""
+    """The hook that saves an agent after each message; its name is the message, 50,000 characters at most."""
 
     name: ClassVar[str] = "@tokenring-ai/checkpoint/autoCheckpoint"
     display_name: ClassVar[str] = "Checkpoint after every input"
@@ -199,7 +200,7 @@ class AutoCheckpoint:
 
     async def after_input(self, agent: Agent, message: str) -> str:
         """Save a checkpoint; return its id."""
-        return await self._service.save_agent_checkpoint(message, agent)
+        return await self._service.save_agent_checkpoint(message[:_NAME_CHARS], agent)
 
 
 class AppCheckpointService:
@@ -226,6 +227,7 @@ class AppCheckpointService:
         }
         self._restore = restore_previous_state
         self._started = False
+        self._turn = asyncio.Lock()
 
     def set_checkpoint_provider(self, provider: AppCheckpointProvider) -> None:
         """Keep the checkpoints there."""
@@ -234,26 +236,36 @@ class AppCheckpointService:
     async def start(self) -> StoredAppCheckpoint | None:
         """Restore the application if that is asked for; return the checkpoint that it was restored from."""
         provider = _given(self._provider)
-        if self._started:
-            return None
-        await _call_if_there(provider, "start")
-        found = await provider.retrieve_latest_app_checkpoint(**self._place) if self._restore else None
+        async with self._turn:
+            if self._started:
+                return None
+            await _call_if_there(provider, "start")
+            try:
+                found = await self._restored(provider) if self._restore else None
+            except BaseException:
+                await _call_if_there(provider, "stop")
+                raise
+            self._started = True
+            return found
+
+    async def _restored(self, provider: AppCheckpointProvider) -> StoredAppCheckpoint | None:
+        found = await provider.retrieve_latest_app_checkpoint(**self._place)
         if found is not None:
             await _awaited(self._app.restore_state(found.state))
-        self._started = True
         return found
 
     async def stop(self) -> str | None:
         """Save the application, once; return the id of the checkpoint. None if it was not started."""
-        if not self._started:
-            return None
-        provider = _given(self._provider)
-        state = await _awaited(self._app.generate_checkpoint())
-        checkpoint = {"session_id": self._app.session_id, "state": state, **self._place}
-        id = await provider.store_app_checkpoint(checkpoint)
-        self._started = False  # not before: what failed can be called again
-        await _call_if_there(provider, "stop")
-        return id
+        async with self._turn:
+            if not self._started:
+                return None
+            provider = _given(self._provider)
+            state = await _awaited(self._app.generate_checkpoint())
+            checkpoint = {"session_id": self._app.session_id, "state": state, **self._place}
+            id = await provider.store_app_checkpoint(checkpoint)
+            self._started = False  # not before: what failed can be called again
+            await _call_if_there(provider, "stop")
+            return id
 
 
 class CheckpointCommands:
@@ -384,12 +396,12 @@ class CheckpointRPC:
             "getCheckpoint": (_Wanted, self.get_checkpoint),
             "launchAgentFromCheckpoint": (_Launch, self.launch_agent_from_checkpoint),
         }
-        if method not in calls:
+        if not isinstance(method, str) or method not in calls:
             message = f"{self.path} has no method {method!r:.80}; it has {', '.join(calls)}"
             raise InvalidValueError(message)
         takes, call = calls[method]
         try:
-            asked = msgspec.convert(dict(params or {}), takes)
+            asked = msgspec.convert({} if params is None else params, takes)
         except msgspec.ValidationError as error:
             message = f"{self.path} {method}: {error}"
             raise InvalidValueError(message) from None

@@ -7,10 +7,11 @@ is one Put, and no two writers add the same part. Each part carries what the
 next one must know: how long all are together, whether the last has come.
 
 A life ends when the stream is deleted, or begins anew after it has expired:
-one Write takes the head away, or gives it another life, and puts a *mark*
-where the next part would go, so that a writer who knows of nothing is refused.
-What is left of a life that is over is never read, and may be removed at any
-time; the mark stays for a day, longer than any writer goes by what it knows.
+one Write gives the head no life, or another, and puts a *mark* where the next
+part would go, so that a writer who knows of nothing is refused. What is left
+of a life that is over is never read, and may be removed at any time; the mark,
+and a head without a life, stay for a day: longer than any writer goes by what
+it knows, or any Write is on its way.
 
 ``lock`` says who continues the stream, and until when.
 """
@@ -21,7 +22,6 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
-from math import isfinite
 from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
@@ -53,6 +53,8 @@ _CONTENTION_SECONDS = 10.0
 _REMEMBERED = 10_000  # streams whose end a process remembers
 _PAGE = 500
 _READ_TRIES = 6
+_MOST = 999_999_999_999  # 12 digits
+_LONGEST = 10**11  # seconds; some 3,000 years
 
 
 class StreamMeta(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,8 +73,11 @@ class StreamMeta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Head(Body):
+    """`life`: the present one; "" since `at`: there is none."""
+
     id: str = ""
     life: str = ""
+    at: int = 0
 
 
 class _PartBody(Body):
@@ -104,7 +109,8 @@ class _Limits(NamedTuple):
 class _End(NamedTuple):
     """What is known of a stream, and since when: its head, how many parts it has, and the last of them."""
 
-    life: str
+    id: str
+    life: str  # "": it was deleted, and has no parts
     head: int  # the version of the head
     parts: int
     last: _PartBody
@@ -178,8 +184,7 @@ class Streams(Repository):
             None if ttl_seconds is None else _as_milliseconds(ttl_seconds, "ttl_seconds"),
         )
         _whole(0, index, "index")
-        body = _PartBody(at=self._store.clock())
-        body.done = _is_last(part)
+        body = _PartBody(done=_is_last(part))
         await self._store.fill(partition, body, part)
         warm = self._warm_of(partition)
         async with warm.lock:
@@ -291,6 +296,7 @@ class Streams(Repository):
             end = await self._look(partition)
         while True:
             live = self._alive(end)
+            body.at = self._store.clock()
             _continue(body, live, limits)
             doubt = _doubt(partition, index, body, live, limits)
             if doubt is not None and looked:
@@ -305,16 +311,18 @@ class Streams(Repository):
                 ops: list[Op] = [Put(_part_key(life, index), pack(body), ABSENT)]
                 if live is None:
                     ops.append(Put(_HEAD, pack(_Head(id=stream_id, life=life)), end.head if end else ABSENT))
-                if live is None and end is not None:
-                    ops.append(self._mark(end))
+                expired = end if live is None and end is not None and end.life else None
+                if expired is not None:
+                    ops.append(self._mark(expired))
                 version = await self._store.coalescer.write(partition, ops)
                 if version:
                     body.v = body.c = UNSET  # what is remembered must stay small
-                    warm.end = _End(life, version if live is None else live.head, index + 1, body, since)
-                    if live is None and end is not None:
+                    head = version if live is None else live.head
+                    warm.end = _End(stream_id, life, head, index + 1, body, since)
+                    if expired is not None:
                         # The part is stored; what cannot be removed now, `repair` will.
                         with suppress(UnavailableError, OutcomeUnknownError):
-                            await self._purge(partition, end.life, end.parts)
+                            await self._purge(partition, expired.life, expired.parts)
                     return warm.end
                 await tries.another()
                 if isinstance(body.c, Chunks):
@@ -325,10 +333,10 @@ class Streams(Repository):
             end, looked = await self._look(partition), True
 
     def _alive(self, end: _End | None) -> _End | None:
-        """Return `end` unless the stream has expired."""
-        if end is None or (end.last.ttl and self._store.clock() >= end.last.at + end.last.ttl):
+        """Return `end` unless the stream was deleted, or has expired."""
+        if end is None or not end.life:
             return None
-        return end
+        return None if end.last.ttl and self._store.clock() >= end.last.at + end.last.ttl else end
 
     def _mark(self, end: _End) -> Put:
         """Return what ends a life: nobody appends to it any more."""
@@ -343,7 +351,10 @@ class Streams(Repository):
             )
             if heads[0] is None:
                 return None
-            life = self._store.unpack(self._heads, partition, heads[0]).life
+            head = self._store.unpack(self._heads, partition, heads[0])
+            life, version = head.life, heads[0].version
+            if not life:
+                return _End(head.id, "", version, 0, _PartBody(at=head.at), since)
             if entry is None or not entry.key.startswith(_life_prefix(life)):
                 entry = await self._greatest(partition, _life_prefix(life))
             if entry is None:
@@ -352,7 +363,7 @@ class Streams(Repository):
             body = self._store.unpack(self._parts, partition, entry)
             if not body.gone:
                 body.v = body.c = UNSET
-                return _End(life, heads[0].version, _index(partition, entry.key) + 1, body, since)
+                return _End(head.id, life, version, _index(partition, entry.key) + 1, body, since)
             await backoff(attempt)  # its head was read before the end of this life, the mark after it
         raise _restless(partition)
 
@@ -435,11 +446,12 @@ class Streams(Repository):
         tries = _Tries(partition)
         while True:
             end = await self._look(partition)
-            if end is None or (only_expired and self._alive(end)):
+            if end is None or not end.life or (only_expired and self._alive(end)):
                 return None
             chunks = [one async for one in self._chunks(partition, end.life)] if end.last.big else []
             # The lock stays: who deletes a stream to begin it anew may be the one who holds it.
-            if await self._store.coalescer.write(partition, [self._mark(end), Delete(_HEAD, end.head)]):
+            head = Put(_HEAD, pack(_Head(id=end.id, at=self._store.clock())), end.head)
+            if await self._store.coalescer.write(partition, [self._mark(end), head]):
                 await self._drop_chunks(partition, chunks)
                 await self._purge(partition, end.life, end.parts)
                 return end
@@ -479,10 +491,13 @@ class Streams(Repository):
     async def repair(self, partition: str, *, dry_run: bool) -> StreamRepair:
         """Remove an expired stream, what a crash left of deleted ones, and marks and locks that are old."""
         end = await self._look(partition)
-        expired = end is not None and not self._alive(end)
+        expired = end is not None and bool(end.life) and not self._alive(end)
         if expired and not dry_run:
             await self._expire(partition)
         left = marks = 0
+        before = self._store.clock() - _MARK_MS
+        if end is not None and not end.life and end.last.at < before and not dry_run:
+            await self._store.coalescer.write(partition, [Delete(_HEAD, end.head)])
         for life, entry in await self._lives_over(partition):
             body = self._store.unpack(self._parts, partition, entry)
             count = _index(partition, entry.key) + (not body.gone)
@@ -491,7 +506,7 @@ class Streams(Repository):
                 left += 1
                 if not dry_run:
                     await self._purge(partition, life, count)
-            if body.gone and body.at < self._store.clock() - _MARK_MS:
+            if body.gone and body.at < before:
                 marks += 1
                 if not dry_run:
                     await self._store.coalescer.write(
@@ -532,15 +547,22 @@ class Streams(Repository):
 
     async def _hold(self, partition: str, holder: str | None, token: str, lease: int | None) -> bool:
         """Give the lock to `token`, or back if `lease` is None, if `holder` holds it now."""
-        held, version = await self._held(partition)
-        if held != holder:
-            return False
-        op: Op
-        if lease is None:
-            op = Delete(_LOCK, version)
-        else:
-            op = Put(_LOCK, pack(_LockBody(token=token, until=self._store.clock() + lease)), version)
-        return bool(await self._store.coalescer.write(partition, [op]))
+        if not isinstance(token, str):
+            message = f"token={token!r:.80}: use what acquire_continue_lock has returned"
+            raise InvalidValueError(message, partition=partition)
+        tries = _Tries(partition)
+        while True:
+            held, version = await self._held(partition)
+            if held != holder:
+                return False
+            op: Op
+            if lease is None:
+                op = Delete(_LOCK, version)
+            else:
+                op = Put(_LOCK, pack(_LockBody(token=token, until=self._store.clock() + lease)), version)
+            if await self._store.coalescer.write(partition, [op]):
+                return True
+            await tries.another()
 
 
 class _Tries:
@@ -633,15 +655,14 @@ def _index(partition: str, key: str) -> int:
 
 
 def _whole(least: int, value: int, what: str) -> int:
-    if type(value) is not int or value < least:
-        message = f"{what}={value!r:.80}: use a whole number from {least} on"
+    if type(value) is not int or not least <= value <= _MOST:
+        message = f"{what}: use a whole number from {least} to {_MOST:,}"
         raise InvalidValueError(message)
     return value
 
 
 def _as_milliseconds(seconds: float, what: str) -> int:
-    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not number or not isfinite(seconds) or seconds <= 0 or seconds * 1000 >= 1 << 53:
-        message = f"{what}={seconds!r:.80}: use seconds, more than 0"
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST:
+        message = f"{what}: use seconds, more than 0 and at most {_LONGEST:,}"
         raise InvalidValueError(message)
     return max(1, round(seconds * 1000))

@@ -18,7 +18,7 @@ from persistence import (
     create_persistence,
     memory_driver,
 )
-from persistence.checkpoints import AgentCheckpointListItem, StoredAgentCheckpoint
+from persistence.checkpoints import AgentCheckpointListItem, StoredAgentCheckpoint, StoredAppCheckpoint
 from persistence.collection import Listing
 from persistence.compat import AgentCheckpointStorage, storage
 from persistence.services import (
@@ -113,10 +113,10 @@ async def test_an_attached_agent_is_saved_after_every_input_under_its_name(p: Pe
     agent, context = TodoAgent(), ["You are a coder."]
     service.attach(agent, context)
     assert context == ["You are a coder.", "Checkpoint provider: Checkpoints"]
-    messages = ["", "two\nlines", "x" * 10_000]
+    messages = ["", "two\nlines", "\N{WAVING HAND SIGN}" * 1_000_000]
     for message in messages:
         await agent.handle(message)
-    assert await named(service) == messages[::-1]
+    assert await named(service) == [messages[2][:50_000], *messages[1::-1]]
     (latest, *_) = await service.list_checkpoints(limit=1)
     restored = TodoAgent()
     await service.restore_agent_checkpoint(latest.id, restored)
@@ -330,9 +330,11 @@ async def test_bad_remote_calls_are_refused_by_name() -> None:
             ("getCheckpoint", {"id": "7", "deep": True}, "unknown field `deep`"),
             ("launchAgentFromCheckpoint", {"checkpointId": "7", "headless": "no"}, "`bool`"),
             ("listCheckpoints", {"limit": "all"}, "`int | null`"),
+            ("listCheckpoints", [1], "`object`"),
+            (["listCheckpoints"], {}, "no method"),
         ):
             with pytest.raises(InvalidValueError, match=message):
-                await rpc.call(method, params)
+                await rpc.call(method, params)  # type: ignore[arg-type]
         with pytest.raises(ConfigurationError, match="launch="):
             await rpc.call("launchAgentFromCheckpoint", {"checkpointId": "7"})
 
@@ -401,6 +403,48 @@ async def test_an_application_goes_on_where_the_last_one_stopped(p: Persistence)
     fresh = CounterApp("run-3")
     await AppCheckpointService(fresh, p.checkpoints, project_directory="/work", hostname="h").start()
     assert fresh.count == 0
+
+
+class LoggedProvider:
+    """A provider that tells what it was asked for, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    async def start(self) -> None:
+        self.calls.append("start")
+
+    async def stop(self) -> None:
+        self.calls.append("stop")
+
+    async def store_app_checkpoint(self, checkpoint: Mapping[str, Any], /) -> str:
+        await asyncio.sleep(0)
+        self.calls.append("store")
+        return "7"
+
+    async def retrieve_latest_app_checkpoint(self, **_: str | None) -> StoredAppCheckpoint | None:
+        await asyncio.sleep(0)
+        fields = {"id": "7", "session_id": "run-1", "created_at": 0, "hostname": "", "working_directory": ""}
+        return StoredAppCheckpoint(**fields, state={})  # type: ignore[arg-type]
+
+
+async def test_an_application_starts_and_stops_once_whoever_calls() -> None:
+    provider = LoggedProvider()
+    service = AppCheckpointService(CounterApp(), provider, project_directory="/work")
+    await asyncio.gather(service.start(), service.start())
+    assert sorted(map(str, await asyncio.gather(service.stop(), service.stop()))) == ["7", "None"]
+    assert provider.calls == ["start", "store", "stop"]
+
+
+async def test_a_provider_is_stopped_again_if_the_application_cannot_be_restored() -> None:
+    provider = LoggedProvider()
+    service = AppCheckpointService(
+        CounterApp(), provider, project_directory="/work", restore_previous_state=True
+    )
+    with pytest.raises(KeyError, match="count"):
+        await service.start()
+    assert await service.stop() is None
+    assert provider.calls == ["start", "stop"]
 
 
 async def test_an_application_without_a_provider_is_told_so() -> None:

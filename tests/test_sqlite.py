@@ -19,6 +19,7 @@ from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -357,6 +358,29 @@ async def test_short_reads_stay_in_the_loops_thread_until_one_is_slow(
         assert await read_here()
 
 
+async def test_large_values_are_read_in_the_readers_thread(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {f"k{number:02d}": bytes([number]) * 1_000_000 for number in range(40)}
+    async with opened(path) as driver:
+        for version, (key, value) in enumerate(values.items(), 1):
+            await driver.commit([Write("p", (Put(key, value),), version)])
+        read: list[int] = []  # the thread of each entry
+        monkeypatch.setattr(module, "Entry", SimpleNamespace(_make=lambda row: note(row)))
+
+        def note(row: tuple[Any, ...]) -> Entry:
+            read.append(threading.get_ident())
+            return Entry(*row)
+
+        found = await driver.get([Key("p", key) for key in values])
+        assert [entry.value for entry in found if entry is not None] == [*values.values()]
+        here = read.count(threading.get_ident())
+        assert 0 < here < len(values) == len(read) - here
+        driver._here_again = 0.0
+        assert len((await driver.scan("p", "", None, limit=100)).entries) == 4
+        assert driver._here_again > time.monotonic()
+
+
 async def test_a_short_read_waits_for_no_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened(path, busy_timeout=10) as driver:
         await driver.commit([write(1, k=b"1")])
@@ -457,14 +481,24 @@ async def test_purge_leaves_the_lock_to_others_between_its_steps(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PURGE_STEP", 0.0)
+    others_have_written = False
+    steps, step = 0, SQLiteDriver._purge
+
+    def endless(*arguments: Any) -> bool:
+        nonlocal steps
+        steps += 1
+        return step(*arguments) or not others_have_written
+
+    monkeypatch.setattr(SQLiteDriver, "_purge", endless)
     async with opened(path) as driver, opened(path) as other:
         for n in range(1, 6):
             await driver.commit([Write("p", tuple(Put(f"{n}/{i:04}", b"v") for i in range(1000)), n)])
         purge = asyncio.create_task(driver.purge("p", "1", "5"))
         assert await other.commit([write(6, "q", a=b"other")]) == [True]
         assert await driver.commit([write(7, "q", a=b"same")]) == [True]
-        assert not purge.done()
+        others_have_written = True
         await purge
+        assert steps > 1
         page = await driver.scan("p", "", None, limit=2000)
         assert (len(page.entries), page.entries[0].key, page.more) == (1000, "5/0000", False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +21,7 @@ from persistence import (
     create_persistence,
 )
 from persistence.compat import ResumableStreamEventStore
-from persistence.driver import Put, Write
+from persistence.driver import Entry, Key, Put, Write
 from persistence.drivers.memory import MemoryDriver
 from persistence.log import FORGET_SECONDS
 from persistence.streams import StreamMeta, Streams
@@ -157,7 +158,8 @@ async def test_any_value_is_a_part_however_long(p: Persistence) -> None:
     with pytest.raises(InvalidValueError):
         await p.streams.append("s", len(parts), object())
     assert await p.streams.delete("s") == len(parts)
-    (mark,) = await keys(p)
+    head, mark = await keys(p)
+    assert head == "head"
     assert mark.endswith(f"/{len(parts):012d}")
 
 
@@ -256,7 +258,7 @@ async def test_a_stream_goes_some_time_after_its_last_part(make_driver: MakeDriv
         clock.now += 3_600_000
         assert await q.streams.delete_expired() == 1
         assert await q.streams.delete_expired() == 0
-        assert len(await keys(p)) == 2
+        assert len(await keys(p)) == 3
         clock.now += 7_200_000
         await p.streams.delete_expired()
         assert await keys(p, "index/deadlines") == []
@@ -283,10 +285,10 @@ async def test_repair_removes_expired_streams_and_what_a_killed_delete_left(
         for _ in range(2):
             report = await p.repair(dry_run=True)
             assert (report.streams_expired, report.streams_removed, report.corrupt_count) == (1, 1, 0)
-            assert len(await keys(p, "stream/half")) == 601
+            assert len(await keys(p, "stream/half")) == 602
         report = await p.repair()
         assert (report.streams_expired, report.streams_removed) == (1, 1)
-        assert len(await keys(p, "stream/half")) == len(await keys(p, "stream/expired")) == 1
+        assert len(await keys(p, "stream/half")) == len(await keys(p, "stream/expired")) == 2
         await fill(p, 1, "half")
         clock.now += DAY
         assert (await p.repair()).tombstones_removed == 2
@@ -354,6 +356,77 @@ async def test_a_writer_that_remembers_a_deleted_stream_is_refused(parts_anew: i
         assert len(await q.streams.get_parts("s")) == parts_anew
 
 
+@pytest.mark.parametrize("part", ["old", "x" * 2_000_000])
+async def test_a_write_that_arrives_late_brings_no_deleted_stream_back(part: str) -> None:
+    class Late(RecordingDriver):
+        """Its first part is written twice: once it has taken long, and once the core has repeated it."""
+
+        late: Sequence[Write] = ()
+
+        async def apply(self, writes: Sequence[Write]) -> list[bool | None]:
+            if not self.late and any(op.key == "head" for write in writes for op in write.ops):
+                self.late = writes
+                raise UnavailableError("no answer")
+            return await super().apply(writes)
+
+    driver = Late()
+    async with create_persistence(driver) as p:
+        await p.streams.append("s", 0, part)
+        assert await p.streams.delete("s") == 1
+        assert await driver.memory.commit(driver.late) == [False]
+        assert await p.streams.get_parts("s") == []
+        await p.streams.append("s", 0, "new")
+        assert await p.streams.get_parts("s") == ["new"]
+
+
+async def test_parts_that_wait_for_each_other_do_not_expire_meanwhile() -> None:
+    clock = Clock()
+
+    class Slow(RecordingDriver):
+        async def apply(self, writes: Sequence[Write]) -> list[bool | None]:
+            clock.now += 100
+            return await super().apply(writes)
+
+    async with create_persistence(Slow(), clock=clock) as p:
+        await asyncio.gather(*(p.streams.append("s", index, index, ttl_seconds=1) for index in range(50)))
+        assert await p.streams.get_parts("s") == list(range(50))
+
+
+async def test_a_lock_that_ended_can_be_taken_while_it_is_removed() -> None:
+    clock = Clock()
+    memory = MemoryDriver()
+    driver = RecordingDriver(memory)
+    async with create_persistence(driver, clock=clock) as p, create_persistence(memory, clock=clock) as q:
+        await p.streams.acquire_continue_lock("s")
+        clock.now += 40_000
+        get = driver.get
+
+        async def get_and_repair(keys: Sequence[Key]) -> list[Entry | None]:
+            found = await get(keys)
+            await q.repair()
+            return found
+
+        driver.get = get_and_repair  # type: ignore[method-assign]
+        token = await p.streams.acquire_continue_lock("s")
+        assert token is not None
+        renewals = (p.streams.renew_continue_lock("s", token) for _ in range(4))
+        assert await asyncio.gather(*renewals) == [True] * 4
+
+
+async def test_a_part_that_cannot_be_read_keeps_nobody_from_deleting_or_beginning_anew() -> None:
+    clock, memory = Clock(), MemoryDriver()
+    async with create_persistence(memory, clock=clock) as p:
+        for stream in ("s", "t"):
+            await p.streams.append(stream, 0, "x" * 2_000_000, ttl_seconds=1)
+            await p.streams.append(stream, 1, "y")
+            place = next(key for key in await keys(p, f"stream/{stream}") if key.startswith("part/"))
+            assert await memory.commit([Write(f"stream/{stream}", (Put(place, b"{"),), 7)]) == [True]
+        assert await p.streams.delete("s") == 2
+        clock.now += 2_000
+        await p.streams.append("t", 0, "new")
+        assert await p.streams.get_parts("t") == ["new"]
+
+
 async def test_who_remembers_for_too_long_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = RecordingDriver()
     now = 0.0
@@ -395,7 +468,13 @@ async def test_bad_arguments_are_refused(p: Persistence) -> None:
     for option in ("max_events", "max_bytes", "ttl_seconds"):
         with pytest.raises(InvalidValueError, match=option):
             await p.streams.append("s", 0, text(0), **{option: 0})
-    for lease in (0, -1, float("inf"), float("nan"), True):
+    for huge in (10**12, 10**5_000):
+        with pytest.raises(InvalidValueError, match="index"):
+            await p.streams.append("s", huge, text(0))
+    for token in (None, 7):
+        with pytest.raises(InvalidValueError, match="token"):
+            await p.streams.renew_continue_lock("s", token)  # type: ignore[arg-type]
+    for lease in (0, -1, float("inf"), float("nan"), True, 10**5_000):
         with pytest.raises(InvalidValueError, match="lease_seconds"):
             await p.streams.acquire_continue_lock("s", lease_seconds=lease)
     assert await p.streams.get_meta("s") == NOTHING
