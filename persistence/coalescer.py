@@ -58,7 +58,18 @@ from persistence.errors import (
 from persistence.ids import random_version
 from persistence.keys import after
 
-__all__ = ["CALL", "RETRY_SECONDS", "Call", "Coalescer", "Reply", "Room", "backoff", "fail"]
+__all__ = [
+    "CALL",
+    "RETRY_SECONDS",
+    "Call",
+    "Coalescer",
+    "Reply",
+    "Room",
+    "Tries",
+    "backoff",
+    "fail",
+    "outpaced",
+]
 
 T = TypeVar("T")
 
@@ -100,6 +111,29 @@ CALL: ContextVar[Call | None] = ContextVar("persistence_call", default=None)
 async def backoff(attempt: int) -> None:
     """Sleep before try number `attempt` + 2: 20 ms doubling up to 1 s, with full jitter."""
     await asyncio.sleep(random.uniform(0.5, 1) * min(1.0, 0.02 * 2 ** min(attempt, 10)))
+
+
+class Tries:
+    """Pauses between the tries of who meets other writers, until it takes too long."""
+
+    def __init__(self, partition: str) -> None:
+        self._partition = partition
+        self._deadline = asyncio.get_running_loop().time() + RETRY_SECONDS
+        self.made = 0
+
+    async def another(self) -> None:
+        """Wait before the next try; raise `UnavailableError` if it is too late for one."""
+        if asyncio.get_running_loop().time() > self._deadline:
+            raise outpaced(self._partition)
+        if self.made:
+            await backoff(self.made - 1)
+        self.made += 1
+
+
+def outpaced(partition: str) -> UnavailableError:
+    """Return the error for who met other writers until it took too long."""
+    message = f"other writers were faster for {RETRY_SECONDS:.0f} seconds"
+    return UnavailableError(message, partition=partition)
 
 
 class Room:

@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from persistence.coalescer import backoff
+from persistence.coalescer import Tries
 from persistence.driver import ABSENT, MAX_GET_KEYS, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
@@ -26,7 +26,6 @@ from persistence.errors import (
     InvalidKeyError,
     InvalidValueError,
     NotFoundError,
-    UnavailableError,
 )
 from persistence.keys import after, encode_id, newest_first, prefix_end
 from persistence.records import Record
@@ -46,7 +45,6 @@ __all__ = [
 
 RECORD = "record"
 
-_CONTENTION_SECONDS = 10.0
 _CURSOR = re.compile(r"[0-9]{20}/[!-z|~]{1,200}")
 _INT64 = 1 << 63
 
@@ -203,8 +201,7 @@ class Collection(Generic[R]):
         current, _ = await asyncio.gather(
             self.load(self.kind.id_of(record)), self.put_hints(self.kind.id_of(record), hints)
         )
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
-        attempt = 0
+        tries = Tries(partition)
         while True:
             if expire is not None and current.record is not None and self.expired(current.record):
                 await expire(self.kind.id_of(record))
@@ -217,7 +214,7 @@ class Collection(Generic[R]):
             old = {} if current.record is None else self.kind.hints(current.record)
             gone = [key for key in old if key not in hints]
             new = {key: place for key, place in hints.items() if key not in old}
-            if new and (current.body is not None or attempt):
+            if new and (current.body is not None or tries.made):
                 # Whoever takes this record out of a listing read the version of
                 # the hint before he changed the record. We have read the record
                 # after that: a hint put now is one he cannot remove.
@@ -232,11 +229,7 @@ class Collection(Generic[R]):
                 await self._remove_hints(removals)
                 await self._drop_chunks(partition, current.body)
                 return version
-            if asyncio.get_running_loop().time() > deadline:
-                message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
-                raise UnavailableError(message, partition=partition)
-            await backoff(attempt)
-            attempt += 1
+            await tries.another()
             if isinstance(body.c, Chunks):
                 # It may have been written, unanswered, and replaced since: then its chunks are
                 # gone, or about to go.
@@ -246,20 +239,17 @@ class Collection(Generic[R]):
 
     async def update(self, id: str, change: Callable[[R], None], *, missing: str) -> R:
         """Read, change and save a record until nobody interferes; return it as saved."""
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
-        attempt = 0
+        partition = self.kind.partition(id)
+        tries = Tries(partition)
         while True:
             record = await self.find(id)
             if record is None:
-                raise NotFoundError(missing, partition=self.kind.partition(id))
+                raise NotFoundError(missing, partition=partition)
             change(record)
             try:
                 record.version = await self.save(record, expected_version=record.version)
             except ConflictError:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise
-                await backoff(attempt)
-                attempt += 1
+                await tries.another()
             else:
                 return record
 
@@ -279,8 +269,7 @@ class Collection(Generic[R]):
         record.
         """
         partition = self.kind.partition(id)
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
-        attempt = 0
+        tries = Tries(partition)
         while True:
             current = await self.load(id)
             removals = await self._removals([] if current.record is None else self.kind.hints(current.record))
@@ -299,11 +288,7 @@ class Collection(Generic[R]):
                 await self._remove_hints(removals)
                 await self._drop_chunks(partition, current.body)
                 return replace(current, version=version)
-            if asyncio.get_running_loop().time() > deadline:
-                message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
-                raise UnavailableError(message, partition=partition)
-            await backoff(attempt)
-            attempt += 1
+            await tries.another()
 
     async def finish(self, partition: str, version: int) -> None:
         """Note in the tombstone of `version` that the children are gone."""

@@ -28,7 +28,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 from msgspec import UNSET
 
-from persistence.coalescer import CALL, Call, backoff, fail
+from persistence.coalescer import CALL, RETRY_SECONDS, Call, Tries, backoff, fail, outpaced
 from persistence.driver import ABSENT, MAX_WRITE_OPS, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
@@ -62,7 +62,6 @@ APPEND_BYTES: Final = 3 << 20
 FORGET_SECONDS: Final = 600.0
 """How long a writer goes by a number that it remembers."""
 
-_APPEND_SECONDS = 10.0  # how long an append tries against faster writers
 _REMEMBERED = 10_000  # sequences whose end a writer remembers
 _PAGE = 500
 _READ_TRIES = 6
@@ -394,7 +393,7 @@ class Log:
             message = f"the last number is {last}, not {append.expected_last}"
             return ConflictError(message, partition=partition)
         if append.deadline is not None and self._store.coalescer.loop.time() > append.deadline:
-            return _outpaced(partition)
+            return outpaced(partition)
         return None
 
     async def _send(self, partition: str, batch: list[_Append], tail: Tail) -> bool:
@@ -447,7 +446,7 @@ class Log:
             return True
         self._tails.pop(partition, None)
         if error is None:
-            deadline = self._store.coalescer.loop.time() + _APPEND_SECONDS
+            deadline = self._store.coalescer.loop.time() + RETRY_SECONDS
             for append in flight.batch:
                 append.deadline = append.deadline or deadline
                 if not append.future.done() and any(item.value is not UNSET for item in append.items):
@@ -687,14 +686,9 @@ class Log:
             hidden = _within(spans, 1 if through is None else through + 1, tail.number)
             return (self.marker(tail, "cut", kept),) if hidden else None
 
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + _APPEND_SECONDS
-        attempt = 0
+        tries = Tries(partition)
         while await _steadily(lambda: self.edit(partition, make)) == ABSENT:
-            if loop.time() > deadline:
-                raise _outpaced(partition)
-            await backoff(attempt)
-            attempt += 1
+            await tries.another()
         if hidden:
             await self.empty(partition, [(replaced, replaced), *hidden] if replaced else hidden)
         return _count(hidden)
@@ -812,11 +806,6 @@ async def _steadily(work: Callable[[], Awaitable[T]]) -> T:
             raise
         message = "it is changed faster than it can be read"
         raise UnavailableError(message, partition=error.partition) from error
-
-
-def _outpaced(partition: str) -> UnavailableError:
-    message = f"other writers were faster for {_APPEND_SECONDS:.0f} seconds"
-    return UnavailableError(message, partition=partition)
 
 
 def _fail(appends: Sequence[_Append], error: BaseException) -> None:

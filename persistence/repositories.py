@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as AbstractCollection
 from datetime import datetime
@@ -12,7 +11,7 @@ from typing import Any
 import msgspec
 
 from persistence.calls import Repository, public, public_change
-from persistence.coalescer import backoff
+from persistence.coalescer import Tries
 from persistence.collection import Collection, HintBody, Kind, Listing, Loaded, Place
 from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, Delete, Entry, Key, Op, Put
@@ -21,7 +20,6 @@ from persistence.errors import (
     InvalidValueError,
     NotFoundError,
     PersistenceError,
-    UnavailableError,
 )
 from persistence.ids import as_ms
 from persistence.keys import encode_id
@@ -46,7 +44,6 @@ __all__ = [
 ]
 
 _PAGE = 500
-_CONTENTION_SECONDS = 10.0
 _MAX_NUMBER = 10**12 - 1
 
 CONTAINERS = Kind("container", ContainerRecord, "container_id", lambda record: (Place("index/containers"),))
@@ -894,8 +891,7 @@ class LLMProviders(Repository):
 
     async def _set_default(self, container_id: str, id: str, chosen: bool) -> None:
         key = _default_key(container_id)
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
-        attempt = 0
+        tries = Tries(key.partition)
         while True:
             (entry,) = await self._store.coalescer.get([key])
             version = ABSENT if entry is None else entry.version
@@ -909,11 +905,7 @@ class LLMProviders(Repository):
             # A Delete is a hint: when it is refused, another has become the default.
             if await self._store.coalescer.write(key.partition, [op], hint=not chosen) or not chosen:
                 return
-            if asyncio.get_running_loop().time() > deadline:
-                message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
-                raise UnavailableError(message, partition=key.partition, key=key.key)
-            await backoff(attempt)
-            attempt += 1
+            await tries.another()
 
     def _pointer(self, key: Key, entry: Entry) -> HintBody:
         return self._store.unpack(self.records.hint_decoder, key.partition, entry)

@@ -50,7 +50,7 @@ T = TypeVar("T")
 _DEFAULT_LABEL: Final = "New Checkpoint"
 _LISTED: Final = 100
 _READ_AT_ONCE: Final = 8  # states, which may be large
-_NAME_CHARS: Final = 50_000
+_NAME_CHARS: Final = 40_000  # six bytes each at the most; all texts of a listing have 256 KiB
 _SHOWN_CHARS: Final = 80  # of a name, which may be a whole message
 
 
@@ -190,7 +190,7 @@ class AgentCheckpointService:
 
 
 class AutoCheckpoint:
-    """The hook that saves an agent after each message; its name is the message, 50,000 characters at most."""
+    """The hook that saves an agent after each message; its name is the message, 40,000 characters at most."""
 
     name: ClassVar[str] = "@tokenring-ai/checkpoint/autoCheckpoint"
     display_name: ClassVar[str] = "Checkpoint after every input"
@@ -200,7 +200,7 @@ class AutoCheckpoint:
 
     async def after_input(self, agent: Agent, message: str) -> str:
         """Save a checkpoint; return its id."""
-        return await self._service.save_agent_checkpoint(message[:_NAME_CHARS], agent)
+        return await self._service.save_agent_checkpoint(_as_name(message), agent)
 
 
 class AppCheckpointService:
@@ -256,6 +256,8 @@ class AppCheckpointService:
 
     async def stop(self) -> str | None:
         """Save the application, once; return the id of the checkpoint. None if it was not started."""
+        if not self._started:
+            return None  # at once, though a start be under way: it may wait for long
         async with self._turn:
             if not self._started:
                 return None
@@ -490,3 +492,8 @@ def _camel_fields(item: AgentCheckpointListItem) -> dict[str, Any]:
     fields = msgspec.structs.asdict(item)
     extra = fields.pop("extra")
     return {**extra, **{camel_case(name): value for name, value in fields.items()}}
+
+
+def _as_name(message: str) -> str:
+    """Return a message, which may be anything, as a name that can be stored."""
+    return message[:_NAME_CHARS].encode(errors="replace").decode()

@@ -28,7 +28,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from persistence.calls import Repository, public, public_change
-from persistence.coalescer import backoff
+from persistence.coalescer import Tries, backoff
 from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, Delete, Entry, Key, Op, Put
 from persistence.errors import (
@@ -49,7 +49,6 @@ _KIND: Final = "stream"
 _HEAD, _LOCK, _PART = "head", "lock", "part/"
 _LAST_PARTS = frozenset({"finish", "error"})
 _MARK_MS = 86_400_000
-_CONTENTION_SECONDS = 10.0
 _REMEMBERED = 10_000  # streams whose end a process remembers
 _PAGE = 500
 _READ_TRIES = 6
@@ -167,7 +166,8 @@ class Streams(Repository):
         """Append a part, any value that can be stored; return what is known of the stream then.
 
         One round trip for who begins the stream (two on MongoDB), or has
-        appended or read before; two for any other.
+        appended or read before; two for any other. One more where a new
+        `ttl_seconds` is noted; three for who begins what another has deleted.
 
         `index` must be the number of parts so far, else `ConflictError`: so a
         part is there once, whoever repeats the call. After a part whose `type`
@@ -287,7 +287,7 @@ class Streams(Repository):
         limits: _Limits,
         warm: _Warm,
     ) -> _End:
-        tries = _Tries(partition)
+        tries = Tries(partition)
         hinted = False
         end = warm.end if warm.end is None or steady_seconds() - warm.end.since < FORGET_SECONDS else None
         # Nothing is known of most streams that begin: the Write itself finds out whether that is right.
@@ -296,7 +296,7 @@ class Streams(Repository):
             end = await self._look(partition)
         while True:
             live = self._alive(end)
-            body.at = self._store.clock()
+            body.at = max(self._store.clock(), live.last.at if live else 0)  # clocks differ, and step back
             _continue(body, live, limits)
             doubt = _doubt(partition, index, body, live, limits)
             if doubt is not None and looked:
@@ -319,10 +319,13 @@ class Streams(Repository):
                     body.v = body.c = UNSET  # what is remembered must stay small
                     head = version if live is None else live.head
                     warm.end = _End(stream_id, life, head, index + 1, body, since)
-                    if expired is not None:
-                        # The part is stored; what cannot be removed now, `repair` will.
-                        with suppress(UnavailableError, OutcomeUnknownError):
-                            await self._purge(partition, expired.life, expired.parts)
+                    # The part is stored; what cannot be done now, `repair` will do.
+                    with suppress(UnavailableError, OutcomeUnknownError):
+                        if hinted and self._store.clock() >= body.at + body.ttl:
+                            # It took so long that a sweep may have found the deadline, and no stream.
+                            await self._deadlines.put(partition, body.at + body.ttl)
+                        if expired is not None:
+                            await self._drop_life(partition, expired)
                     return warm.end
                 await tries.another()
                 if isinstance(body.c, Chunks):
@@ -443,19 +446,22 @@ class Streams(Repository):
 
     async def _delete(self, partition: str, *, only_expired: bool = False) -> _End | None:
         """End the present life; return what its end was, None if there is nothing to delete."""
-        tries = _Tries(partition)
+        tries = Tries(partition)
         while True:
             end = await self._look(partition)
             if end is None or not end.life or (only_expired and self._alive(end)):
                 return None
-            chunks = [one async for one in self._chunks(partition, end.life)] if end.last.big else []
             # The lock stays: who deletes a stream to begin it anew may be the one who holds it.
             head = Put(_HEAD, pack(_Head(id=end.id, at=self._store.clock())), end.head)
             if await self._store.coalescer.write(partition, [self._mark(end), head]):
-                await self._drop_chunks(partition, chunks)
-                await self._purge(partition, end.life, end.parts)
+                await self._drop_life(partition, end)
                 return end
             await tries.another()
+
+    async def _drop_life(self, partition: str, end: _End) -> None:
+        if end.last.big:
+            await self._drop_chunks(partition, [one async for one in self._chunks(partition, end.life)])
+        await self._purge(partition, end.life, end.parts)
 
     async def _purge(self, partition: str, life: str, count: int) -> None:
         await self._store.coalescer.purge(partition, _part_key(life, 0), _part_key(life, count))
@@ -550,7 +556,7 @@ class Streams(Repository):
         if not isinstance(token, str):
             message = f"token={token!r:.80}: use what acquire_continue_lock has returned"
             raise InvalidValueError(message, partition=partition)
-        tries = _Tries(partition)
+        tries = Tries(partition)
         while True:
             held, version = await self._held(partition)
             if held != holder:
@@ -563,24 +569,6 @@ class Streams(Repository):
             if await self._store.coalescer.write(partition, [op]):
                 return True
             await tries.another()
-
-
-class _Tries:
-    """Pauses between the tries of who meets others, until it takes too long."""
-
-    def __init__(self, partition: str) -> None:
-        self._partition = partition
-        self._deadline = steady_seconds() + _CONTENTION_SECONDS
-        self._made = 0
-
-    async def another(self) -> None:
-        """Wait before the next try; raise `UnavailableError` if it is too late for one."""
-        if steady_seconds() > self._deadline:
-            message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
-            raise UnavailableError(message, partition=self._partition)
-        if self._made:
-            await backoff(self._made - 1)
-        self._made += 1
 
 
 def _continue(body: _PartBody, live: _End | None, limits: _Limits) -> None:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from msgspec import Raw
 from msgspec.structs import replace
 
-from persistence.coalescer import backoff
+from persistence.coalescer import Tries, backoff
 from persistence.collection import HintBody
 from persistence.deadlines import hour
 from persistence.driver import ABSENT, Check, Delete, Entry, Key, Op, Put
@@ -60,7 +60,6 @@ from persistence.thread_reader import (
 
 __all__ = ["New", "Threads"]
 
-_CONTENTION_SECONDS = 10.0
 _COPY_TRIES = 6
 _WRITE_PIECES = 500  # pieces that travel in the Write of their checkpoint
 _WRITE_BYTES = 3 << 20
@@ -104,8 +103,7 @@ class Threads(ThreadReader):
     async def _put(
         self, partition: str, thread_id: str, new: New, warm: Warm, upload: _Uploading
     ) -> CheckpointBody:
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
-        attempt = 0
+        tries = Tries(partition)
         looked = False
         hinted: set[Any] = set()  # what was put into listings ahead of the checkpoint
         while True:
@@ -141,8 +139,7 @@ class Threads(ThreadReader):
                 if body is not None:
                     return body
             warm.head = None
-            await self._pause(partition, attempt, deadline)
-            attempt += 1
+            await tries.another()
 
     async def _announce(
         self, partition: str, thread_id: str, new: New, head: HeadBody, hinted: set[Any]
@@ -213,13 +210,6 @@ class Threads(ThreadReader):
             if change.head.dr or change.head.sw:
                 await self._clean_up(partition, warm)
         return body
-
-    async def _pause(self, partition: str, attempt: int, deadline: float) -> None:
-        if asyncio.get_running_loop().time() > deadline:
-            message = f"other writers were faster for {_CONTENTION_SECONDS:.0f} seconds"
-            raise UnavailableError(message, partition=partition)
-        if attempt:
-            await backoff(attempt - 1)
 
     async def _look(self, partition: str, thread_id: str, warm: Warm, new: New) -> HeadBody:
         """Read the head, and find out the numbers of the pieces of the state that the next one resembles."""
@@ -402,8 +392,7 @@ class Threads(ThreadReader):
         """
         partition = self.partition(thread_id)
         removed = pieces = 0
-        attempt = 0
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
+        tries = Tries(partition)
         async with self._warm_of(partition).lock:
             while True:
                 (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
@@ -440,8 +429,7 @@ class Threads(ThreadReader):
                 if not await self.store.coalescer.write(
                     partition, [Put(HEAD, pack(left), entry.version), *ops]
                 ):
-                    await self._pause(partition, attempt, deadline)
-                    attempt += 1
+                    await tries.another()
                     continue
                 removed += len(victims)
                 pieces += count(gone)
@@ -495,8 +483,7 @@ class Threads(ThreadReader):
         prepare: Callable[[HeadBody], Awaitable[None]] | None = None,
     ) -> bool:
         """Change the head, with the ops that belong to it, until nobody interferes. False: no change."""
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
-        attempt = 0
+        tries = Tries(partition)
         while True:
             (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
             if entry is None:
@@ -511,8 +498,7 @@ class Threads(ThreadReader):
             ops = [Put(HEAD, pack(changed[0]), entry.version), *changed[1]]
             if await self.store.coalescer.write(partition, ops):
                 return True
-            await self._pause(partition, attempt, deadline)
-            attempt += 1
+            await tries.another()
 
     async def relabel(self, thread_id: str, checkpoint_id: str, labels: Sequence[str]) -> CheckpointBody:
         """Replace the labels of a checkpoint."""
@@ -522,8 +508,7 @@ class Threads(ThreadReader):
         self, thread_id: str, checkpoint_id: str, change: Callable[[CheckpointBody], CheckpointBody]
     ) -> CheckpointBody:
         partition = self.partition(thread_id)
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
-        attempt = 0
+        tries = Tries(partition)
         while True:
             key = checkpoint_key(checkpoint_id)
             entries = await self.store.coalescer.get([Key(partition, HEAD), Key(partition, key)])
@@ -538,8 +523,7 @@ class Threads(ThreadReader):
             ops = [Put(HEAD, pack(head), entries[0].version), Put(key, pack(changed))]
             if await self.store.coalescer.write(partition, ops):
                 return changed
-            await self._pause(partition, attempt, deadline)
-            attempt += 1
+            await tries.another()
 
     async def expire(self, thread_id: str, expires_at: int | None) -> bool:
         """Set or take away the time at which a thread expires. False: there is no such thread."""
@@ -557,8 +541,7 @@ class Threads(ThreadReader):
     async def fork(self, thread_id: str, new: New, source_id: str) -> CheckpointBody:
         """Put a child of checkpoint `source_id` with the very same state: a reference, no data."""
         partition = self.partition(thread_id)
-        deadline = asyncio.get_running_loop().time() + _CONTENTION_SECONDS
-        attempt = 0
+        tries = Tries(partition)
         async with self._warm_of(partition).lock:
             while True:
                 key = checkpoint_key(source_id)
@@ -586,8 +569,7 @@ class Threads(ThreadReader):
                     if change.head.dr or change.head.sw:
                         await self.clean(partition)
                     return body
-                await self._pause(partition, attempt, deadline)
-                attempt += 1
+                await tries.another()
 
     async def copy(self, source_thread: str, thread_id: str, checkpoint_id: str | None) -> int:
         """Copy a thread, or one checkpoint of it, to a thread that does not exist.

@@ -494,7 +494,7 @@ async def test_stubs_go_after_a_day_and_the_numbers_stay_right(memory: MemoryDri
 async def test_a_clear_that_is_always_outpaced_gives_up(
     p: Persistence, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persistence.log._APPEND_SECONDS", 0.1)
+    monkeypatch.setattr("persistence.log.RETRY_SECONDS", 0.1)
     await p.sessions.add_message("s", {})
 
     async def refuse(writes: Any) -> Any:
@@ -513,7 +513,7 @@ async def test_a_clear_that_is_always_outpaced_gives_up(
 async def test_a_slow_store_is_no_faster_writer(
     p: Persistence, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persistence.log._APPEND_SECONDS", 0.01)
+    monkeypatch.setattr("persistence.log.RETRY_SECONDS", 0.01)
     await p.sessions.count_messages("s")
     driver.gate.clear()
     calls = [asyncio.ensure_future(p.sessions.add_message("s", {"n": n})) for n in range(3)]

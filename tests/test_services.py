@@ -113,10 +113,14 @@ async def test_an_attached_agent_is_saved_after_every_input_under_its_name(p: Pe
     agent, context = TodoAgent(), ["You are a coder."]
     service.attach(agent, context)
     assert context == ["You are a coder.", "Checkpoint provider: Checkpoints"]
+    (hook,) = agent.hooks
+    for odd, name in (("half a pair: \ud83d", "half a pair: ?"), ("\x1b" * 1_000_000, "\x1b" * 40_000)):
+        await hook.after_input(agent, odd)
+        assert (await named(service))[0] == name
     messages = ["", "two\nlines", "\N{WAVING HAND SIGN}" * 1_000_000]
     for message in messages:
         await agent.handle(message)
-    assert await named(service) == [messages[2][:50_000], *messages[1::-1]]
+    assert (await named(service))[:3] == [messages[2][:40_000], *messages[1::-1]]
     (latest, *_) = await service.list_checkpoints(limit=1)
     restored = TodoAgent()
     await service.restore_agent_checkpoint(latest.id, restored)
@@ -434,6 +438,18 @@ async def test_an_application_starts_and_stops_once_whoever_calls() -> None:
     await asyncio.gather(service.start(), service.start())
     assert sorted(map(str, await asyncio.gather(service.stop(), service.stop()))) == ["7", "None"]
     assert provider.calls == ["start", "store", "stop"]
+
+
+async def test_an_application_that_has_not_started_yet_stops_at_once() -> None:
+    class Away(LoggedProvider):
+        async def start(self) -> None:
+            await asyncio.sleep(3600)
+
+    service = AppCheckpointService(CounterApp(), Away(), project_directory="/work")
+    starting = asyncio.create_task(service.start())
+    await asyncio.sleep(0)
+    assert await asyncio.wait_for(service.stop(), 5) is None
+    starting.cancel()
 
 
 async def test_a_provider_is_stopped_again_if_the_application_cannot_be_restored() -> None:

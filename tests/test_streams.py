@@ -392,6 +392,25 @@ async def test_parts_that_wait_for_each_other_do_not_expire_meanwhile() -> None:
         assert await p.streams.get_parts("s") == list(range(50))
 
 
+async def test_a_stream_that_took_long_to_begin_is_swept_all_the_same() -> None:
+    clock, memory = Clock(), MemoryDriver()
+
+    class Slow(RecordingDriver):
+        async def apply(self, writes: Sequence[Write]) -> list[bool | None]:
+            if any(op.key == "head" for write in writes for op in write.ops):
+                clock.now += 6_000
+                assert await q.streams.delete_expired() == 0  # which takes the deadline with it
+            return await super().apply(writes)
+
+    async with (
+        create_persistence(memory, clock=clock) as q,
+        create_persistence(Slow(memory), clock=clock) as p,
+    ):
+        await p.streams.append("s", 0, "x", ttl_seconds=5)
+        clock.now += 3 * 3_600_000
+        assert await q.streams.delete_expired() == 1
+
+
 async def test_a_lock_that_ended_can_be_taken_while_it_is_removed() -> None:
     clock = Clock()
     memory = MemoryDriver()
@@ -607,3 +626,27 @@ async def test_deletes_and_repairs_take_nothing_that_comes_after_them(seed: int)
         left = [key for key in await keys(r) if key.startswith("part/")]
         lives = {key.split("/")[1] for key in left}
         assert len(left) == len(parts) + len(lives) - bool(parts)  # and a mark for each life that is over
+
+
+async def test_a_clock_that_is_behind_shortens_no_life(make_driver: MakeDriver) -> None:
+    ahead, behind = Clock(), Clock()
+    behind.now -= 60_000
+    async with (
+        create_persistence(make_driver(), clock=ahead) as p,
+        create_persistence(make_driver(), clock=behind) as q,
+    ):
+        await p.streams.append("s", 0, "a", ttl_seconds=30)
+        meta = await q.streams.append("s", 1, "b")
+        assert meta.updated_at == ahead.now
+        assert await p.streams.get_parts("s") == ["a", "b"]
+        await p.streams.append("s", 2, "c")
+
+
+async def test_what_begins_anew_takes_the_long_parts_of_the_life_before_along() -> None:
+    clock = Clock()
+    async with create_persistence(MemoryDriver(), clock=clock) as p:
+        for _ in range(3):
+            await p.streams.append("s", 0, "x" * 2_000_000, ttl_seconds=1)
+            clock.now += 2_000
+        assert await p.streams.delete_expired() == 1
+        assert not [key for key in await keys(p) if key.startswith("chunk/")]
