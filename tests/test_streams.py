@@ -379,6 +379,39 @@ async def test_a_write_that_arrives_late_brings_no_deleted_stream_back(part: str
         assert await p.streams.get_parts("s") == ["new"]
 
 
+@pytest.mark.parametrize("old", ["old", "x" * 2_000_000])
+@pytest.mark.parametrize("call", ["scan", "get"])
+async def test_a_stream_that_begins_anew_while_it_is_read_is_read_anew(old: str, call: str) -> None:
+    memory = MemoryDriver()
+    driver = RecordingDriver(memory)
+    async with create_persistence(memory) as q, create_persistence(driver) as p:
+        for index in range(3):
+            await q.streams.append("s", index, old)
+        read = getattr(driver, call)
+        calls = 0
+
+        async def read_later(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2:  # the end was seen, and now the parts or their content are read
+                await q.streams.delete("s")
+                await q.streams.append("s", 0, "new")
+            return await read(*args, **options)
+
+        setattr(driver, call, read_later)
+        found = await p.streams.get_parts("s")
+        assert found == (["new"] if calls > 1 else [old] * 3)
+        assert calls > 1 or (call, old) == ("get", "old")
+
+
+async def test_long_content_that_is_missing_is_an_error() -> None:
+    async with create_persistence(MemoryDriver()) as p:
+        await p.streams.append("s", 0, "x" * 2_000_000)
+        await p._store.coalescer.purge("stream/s", "chunk/", "chunk0")
+        with pytest.raises(CorruptRecordError, match="part 0 of the stream is missing, or its content is"):
+            await p.streams.get_parts("s")
+
+
 async def test_parts_that_wait_for_each_other_do_not_expire_meanwhile() -> None:
     clock = Clock()
 
