@@ -16,6 +16,9 @@ standard library. aiosqlite hops to its thread for every statement; here a call
 is a function that runs in the thread, so a `commit` of any Writes is one hop,
 one transaction and one fsync.
 
+There are as few statements as can be, because the thread lets go of the
+interpreter for each and waits to get it back.
+
 The hop takes several times as long as a short read, which mostly finds its
 pages in memory. So a third connection makes those in the event loop's own
 thread. It never waits for a lock; when a read has taken 2 ms, because the disk
@@ -35,7 +38,7 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final, TypeAlias, TypeGuard, TypeVar, TypeVarTuple
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, TypeVarTuple
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Op, Page, Put, Write
 from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
@@ -58,18 +61,21 @@ _PAST_ALL_KEYS: Final = "\x7f"
 
 _SQL: Final = {
     # WITHOUT ROWID would keep the values in the tree of the keys: at 1 KB a file three times as large.
-    "create": """CREATE TABLE IF NOT EXISTS "{t}" (
+    "table": """CREATE TABLE IF NOT EXISTS "{t}" (
         p TEXT NOT NULL, k TEXT NOT NULL, v BLOB NOT NULL, ver INTEGER NOT NULL, PRIMARY KEY (p, k))""",
     "sign": """INSERT INTO "{t}" (p, k, v, ver) VALUES ('', 'format', ?, 1) ON CONFLICT DO NOTHING""",
     "format": """SELECT v FROM "{t}" WHERE p = '' AND k = 'format'""",
     "get": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k = ?""",
-    "version": """SELECT ver FROM "{t}" WHERE p = ? AND k = ?""",
     "scan": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k >= ? AND k < ? ORDER BY k LIMIT ?""",
     "scan down": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k >= ? AND k < ? ORDER BY k DESC LIMIT ?""",
-    "new": """INSERT INTO "{t}" (p, k, v, ver) VALUES (?, ?, ?, ?) ON CONFLICT (p, k) DO NOTHING""",
-    "put": """INSERT INTO "{t}" (p, k, v, ver) VALUES (?, ?, ?, ?)
+    "create": """INSERT INTO "{t}" (p, k, v, ver) VALUES {rows}""",
+    "put": """INSERT INTO "{t}" (p, k, v, ver) VALUES {rows}
         ON CONFLICT (p, k) DO UPDATE SET v = excluded.v, ver = excluded.ver""",
-    "delete": """DELETE FROM "{t}" WHERE p = ? AND k = ?""",
+    "delete": """DELETE FROM "{t}" WHERE rowid IN (SELECT t.rowid
+        FROM (VALUES {rows}) AS op CROSS JOIN "{t}" AS t ON t.p = op.column1 AND t.k = op.column2)""",
+    # In one row, for the same reason.
+    "versions": """SELECT group_concat(op.column1 || ' ' || t.ver)
+        FROM (VALUES {rows}) AS op CROSS JOIN "{t}" AS t ON t.p = op.column2 AND t.k = op.column3""",
     "purge": """DELETE FROM "{t}" WHERE rowid IN (
         SELECT rowid FROM "{t}" WHERE p = ? AND k >= ? AND k < ? LIMIT 20)""",
     "next partition": """SELECT min(p) FROM "{t}" WHERE p > ? AND p < ?""",
@@ -79,7 +85,8 @@ _SHORT_READ: Final = 128
 """Entries that are read in the event loop's thread, at the most."""
 _SHORT_SECONDS: Final = 0.002
 _PAUSE_SECONDS: Final = 1.0
-_ROWS: Final = 8  # fetched at a time: each may have a megabyte
+_FETCHED: Final = 8  # rows at a time: each may have a megabyte
+_ROWS: Final = 200  # in one statement: with 4 parameters each they are within the limit of any SQLite, 999
 _PURGE_STEP: Final = 0.02
 """Seconds that `purge` holds the write lock, and then leaves it to others."""
 
@@ -111,7 +118,7 @@ class SQLiteDriver:
     "process" is NORMAL.
     """
 
-    lanes = 1  # SQLite has one writer at a time, and the more Writes share an fsync the better
+    lanes = 2  # one batch is made while the disk writes the other; with more, fewer would share an fsync
 
     def __init__(
         self,
@@ -136,7 +143,7 @@ class SQLiteDriver:
         self._path = Path(text)
         self._create = create
         self._busy_timeout = busy_timeout
-        self._sql = {name: statement.format(t=table) for name, statement in _SQL.items()}
+        self._sql = {name: statement.format(t=table, rows="{rows}") for name, statement in _SQL.items()}
         self._writer = _Connection(self._path)
         self._reader = _Connection(self._path)
         self._here: sqlite3.Connection | None = None  # for short reads in the event loop's thread
@@ -149,7 +156,7 @@ class SQLiteDriver:
     def ddl(self) -> str:
         """Return the statements that create what this driver needs."""
         sign = self._sql["sign"].replace("?", f"x'{_FORMAT.hex()}'")
-        return f"{self._sql['create']};\n{sign};"
+        return f"{self._sql['table']};\n{sign};"
 
     async def open(self) -> None:
         try:
@@ -233,7 +240,7 @@ class SQLiteDriver:
         bounds = (self._name(partition), start, _PAST_ALL_KEYS if end is None else end)
         # SQLite looks for rows when they are asked for: a page that its size cuts short reads little further.
         with closing(db.execute(statement, (*bounds, limit + 1))) as rows:
-            while found := rows.fetchmany(_ROWS):
+            while found := rows.fetchmany(_FETCHED):
                 self._check_time(db)
                 entries += map(Entry._make, found)
                 size += sum([len(key) + len(value) for key, value, _ in found])
@@ -245,26 +252,46 @@ class SQLiteDriver:
         return Page(entries[:limit], len(entries) > limit)
 
     def _commit(self, db: sqlite3.Connection, writes: Sequence[Write]) -> list[bool | None]:
+        ops = [
+            _Op(number, self._name(write.partition), op, write.version)
+            for number, write in enumerate(writes)
+            for op in write.ops
+        ]
+        # A lone statement is a transaction by itself. And a plain BEGIN would fail, not wait, if
+        # another process wrote before its first change.
+        if all(isinstance(op.op, Put) and op.op.expect == ABSENT for op in ops):
+            with suppress(sqlite3.IntegrityError), db:  # it inserts nothing then: look what is there
+                if len(ops) > _ROWS:
+                    db.execute("BEGIN IMMEDIATE")
+                self._execute(db, "create", _rows_of(ops))
+                return [True] * len(writes)
         with db:
-            # A lone statement is a transaction by itself. And a plain BEGIN would fail, not wait, if
-            # another process wrote before its first change.
-            if len(writes) != 1 or not _is_create(writes[0].ops):
-                db.execute("BEGIN IMMEDIATE")
-            return [self._apply(db, self._name(write.partition), write) for write in writes]
+            db.execute("BEGIN IMMEDIATE")
+            refused = self._refused(db, [op for op in ops if op.op.expect is not None])
+            held = [op for op in ops if op.write not in refused]
+            self._execute(db, "put", _rows_of(held))
+            self._execute(db, "delete", [(op.name, op.op.key) for op in held if isinstance(op.op, Delete)])
+        return [number not in refused for number in range(len(writes))]
 
-    def _apply(self, db: sqlite3.Connection, name: str, write: Write) -> bool:
-        if _is_create(write.ops):
-            (put,) = write.ops
-            return db.execute(self._sql["new"], (name, put.key, put.value, write.version)).rowcount == 1
-        for op in write.ops:
-            if op.expect is not None:
-                row = db.execute(self._sql["version"], (name, op.key)).fetchone()
-                if op.expect != (ABSENT if row is None else row[0]):
-                    return False
-        puts = ((name, op.key, op.value, write.version) for op in write.ops if isinstance(op, Put))
-        db.executemany(self._sql["put"], puts)
-        db.executemany(self._sql["delete"], ((name, op.key) for op in write.ops if isinstance(op, Delete)))
-        return True
+    def _refused(self, db: sqlite3.Connection, ops: Sequence[_Op]) -> set[int]:
+        """Return the numbers of the Writes of which an op expects what is not there."""
+        there: dict[int, int] = {}
+        for (found,) in self._execute(
+            db, "versions", [(place, op.name, op.op.key) for place, op in enumerate(ops)]
+        ):
+            pairs = (pair.split() for pair in (found or "").split(","))
+            there.update((int(place), int(version)) for place, version in filter(None, pairs))
+        return {op.write for place, op in enumerate(ops) if there.get(place, ABSENT) != op.op.expect}
+
+    def _execute(self, db: sqlite3.Connection, name: str, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Execute a statement for all rows at once; return what it gives."""
+        found: list[Any] = []
+        for at in range(0, len(rows), _ROWS):
+            part = rows[at : at + _ROWS]
+            row = f"({', '.join('?' * len(part[0]))})"
+            statement = self._sql[name].replace("{rows}", ", ".join([row] * len(part)))
+            found += db.execute(statement, [value for row in part for value in row]).fetchall()
+        return found
 
     def _purge(self, db: sqlite3.Connection, partition: str, start: str, end: str | None) -> bool:
         """Remove what can be removed in the time of one step; tell whether there may be more."""
@@ -326,7 +353,7 @@ class SQLiteDriver:
         if missing:
             with db:
                 db.execute("BEGIN IMMEDIATE")
-                db.execute(self._sql["create"])
+                db.execute(self._sql["table"])
                 db.execute(self._sql["sign"], (_FORMAT,))
 
     def _switch_to_wal(self, db: sqlite3.Connection) -> None:
@@ -359,8 +386,16 @@ def from_url(url: str) -> SQLiteDriver:
     return SQLiteDriver(split.path, **split.options)
 
 
-def _is_create(ops: tuple[Op, ...]) -> TypeGuard[tuple[Put]]:
-    return len(ops) == 1 and isinstance(ops[0], Put) and ops[0].expect == ABSENT
+class _Op(NamedTuple):
+    write: int  # the number of its Write
+    name: str
+    op: Op
+    version: int
+
+
+def _rows_of(ops: Sequence[_Op]) -> list[tuple[str, str, bytes, int]]:
+    """Return the rows that puts leave behind."""
+    return [(op.name, op.op.key, op.op.value, op.version) for op in ops if isinstance(op.op, Put)]
 
 
 _Calls: TypeAlias = "SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None]"
