@@ -494,7 +494,8 @@ async def test_stubs_go_after_a_day_and_the_numbers_stay_right(memory: MemoryDri
 async def test_a_clear_that_is_always_outpaced_gives_up(
     p: Persistence, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persistence.log.RETRY_SECONDS", 0.1)
+    for module in ("log", "coalescer"):
+        monkeypatch.setattr(f"persistence.{module}.RETRY_SECONDS", 0.1)
     await p.sessions.add_message("s", {})
 
     async def refuse(writes: Any) -> Any:
