@@ -148,7 +148,7 @@ class AgentCheckpointService:
         """Start the provider, if that is one to be started. `ConfigurationError` if there is none."""
         await _call_if_there(self.provider, "start")
 
-    run = start
+    run = start  # as some call it
 
     async def stop(self) -> None:
         """Stop the provider, if that is one to be stopped."""
@@ -471,13 +471,16 @@ def _outline(groups: Iterable[tuple[str, Iterable[str]]], cursor: str | None) ->
 
 
 def _line(item: AgentCheckpointListItem, time: str) -> str:
-    return f"{time}  {_shown(item.agent_type)}  {_shown(item.name)}  {item.id}"
+    return f"{time}  {_shown(item.agent_type)}  {_shown(item.name)}  {_printable(item.id)}"
 
 
 def _shown(text: str) -> str:
     """Return a text that may hold anything as a part of one line."""
     text = " ".join(text.split())
-    text = text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 1]}…"
+    return _printable(text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 1]}…")
+
+
+def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 

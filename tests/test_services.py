@@ -257,6 +257,9 @@ async def test_lists_are_by_day_and_histories_by_agent() -> None:
             "b\n"
             f"  2024-10-04 01:00:00  coder  late\ufffd[2J name  {ids[0]}: {slices}"
         )
+        await p.checkpoints.store_checkpoint(checkpoint("c\x1b[2J", "odd", 20_002 * day))
+        assert "\x1b" not in await CheckpointCommands(service).execute("history", TodoAgent())
+        await p.checkpoints.delete_agent_checkpoints("c\x1b[2J")
         short = await CheckpointCommands(service, limit=1).execute("list", TodoAgent())
         assert short.endswith(f"{ids[2]}\nThere are older ones")
 
