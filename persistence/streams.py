@@ -345,8 +345,11 @@ class Streams(Repository):
         """Return what ends a life: nobody appends to it any more."""
         return Put(_part_key(end.life, end.parts), pack(_PartBody(at=self._store.clock(), gone=True)), ABSENT)
 
-    async def _look(self, partition: str) -> _End | None:
-        """Read the end of the stream, expired or not: one round trip, two for one that began anew of late."""
+    async def _look(self, partition: str, *, deleting: bool = False) -> _End | None:
+        """Read the end of the stream, expired or not: one round trip, two for one that began anew of late.
+
+        Who is `deleting` it need not be able to read the last part.
+        """
         for attempt in range(_READ_TRIES):
             since = steady_seconds()
             heads, entry = await asyncio.gather(
@@ -363,7 +366,12 @@ class Streams(Repository):
             if entry is None:
                 message = "the stream has no parts"
                 raise CorruptRecordError(message, partition=partition, key=_HEAD)
-            body = self._store.unpack(self._parts, partition, entry)
+            try:
+                body = self._store.unpack(self._parts, partition, entry)
+            except CorruptRecordError:
+                if not deleting:
+                    raise
+                body = _PartBody(big=True)  # perhaps
             if not body.gone:
                 body.v = body.c = UNSET
                 return _End(head.id, life, version, _index(partition, entry.key) + 1, body, since)
@@ -448,7 +456,7 @@ class Streams(Repository):
         """End the present life; return what its end was, None if there is nothing to delete."""
         tries = Tries(partition)
         while True:
-            end = await self._look(partition)
+            end = await self._look(partition, deleting=not only_expired)
             if end is None or not end.life or (only_expired and self._alive(end)):
                 return None
             # The lock stays: who deletes a stream to begin it anew may be the one who holds it.

@@ -465,6 +465,21 @@ async def test_a_lock_that_ended_can_be_taken_while_it_is_removed() -> None:
         assert await asyncio.gather(*renewals) == [True] * 4
 
 
+async def test_a_stream_can_be_deleted_though_its_last_part_cannot_be_read() -> None:
+    memory = MemoryDriver()
+    async with create_persistence(memory) as p:
+        await p.streams.append("s", 0, "x" * 2_000_000)
+        await p.streams.append("s", 1, "y")
+        last = (await keys(p))[-1]
+        assert await memory.commit([Write("stream/s", (Put(last, b"{"),), 7)]) == [True]
+        with pytest.raises(CorruptRecordError):
+            await p.streams.get_meta("s")
+        assert await p.streams.delete("s") == 2
+        assert [key.split("/")[0] for key in await keys(p)] == ["head", "part"]  # and no chunks
+        await p.streams.append("s", 0, "new")
+        assert await p.streams.get_parts("s") == ["new"]
+
+
 async def test_a_part_that_cannot_be_read_keeps_nobody_from_deleting_or_beginning_anew() -> None:
     clock, memory = Clock(), MemoryDriver()
     async with create_persistence(memory, clock=clock) as p:
