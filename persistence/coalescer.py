@@ -56,7 +56,7 @@ from persistence.errors import (
     UnavailableError,
 )
 from persistence.ids import random_version
-from persistence.keys import after
+from persistence.keys import after, prefix_end
 
 __all__ = [
     "CALL",
@@ -413,6 +413,15 @@ class Coalescer:
             more = page.more
             if more:
                 start = after(page.entries[-1].key)
+
+    async def names(self, partition: str, prefix: str) -> list[str]:
+        """Return what stands in keys between `prefix` and the next slash. A scan of one entry for each."""
+        found: list[str] = []
+        start, end = prefix, prefix_end(prefix)
+        while (page := await self.scan(partition, start, end, limit=1)).entries:
+            found.append(page.entries[0].key[len(prefix) :].partition("/")[0])
+            start = prefix_end(f"{prefix}{found[-1]}/")
+        return found
 
     async def purge(self, partition: str, start: str, end: str | None) -> None:
         """Remove a range that nobody needs any more; see `Driver.purge`."""

@@ -29,7 +29,7 @@ from persistence.errors import (
 )
 from persistence.keys import after, encode_id, newest_first, prefix_end
 from persistence.records import Record
-from persistence.store import FORMAT, Body, Chunks, MissingChunkError, Store, pack
+from persistence.store import FORMAT, Body, MissingChunkError, Store, pack
 
 __all__ = [
     "RECORD",
@@ -230,11 +230,7 @@ class Collection(Generic[R]):
                 await self._drop_chunks(partition, current.body)
                 return version
             await tries.another()
-            if isinstance(body.c, Chunks):
-                # It may have been written, unanswered, and replaced since: then its chunks are
-                # gone, or about to go.
-                await self._drop_chunks(partition, body)
-                await self.store.fill(partition, body, record.to_mapping())
+            await self.store.refill(partition, body, record.to_mapping())
             current = await self.load(self.kind.id_of(record))
 
     async def update(self, id: str, change: Callable[[R], None], *, missing: str) -> R:
@@ -420,7 +416,7 @@ class Collection(Generic[R]):
         return self.store.unpack(self._records, partition, entry)
 
     async def _drop_chunks(self, partition: str, body: RecordBody | None) -> None:
-        if body is not None and isinstance(body.c, Chunks):
+        if body is not None:
             await self.store.drop_chunks(partition, [body.c])
 
 

@@ -13,9 +13,9 @@ import hashlib
 import re
 from urllib.parse import quote
 
-from persistence.errors import InvalidKeyError
+from persistence.errors import CorruptRecordError, InvalidKeyError
 
-__all__ = ["MAX_ID_BYTES", "after", "encode_id", "newest_first", "number_key", "prefix_end"]
+__all__ = ["MAX_ID_BYTES", "after", "encode_id", "key_number", "newest_first", "number_key", "prefix_end"]
 
 MAX_ID_BYTES = 1 << 16
 """The longest id, in bytes of UTF-8."""
@@ -59,6 +59,15 @@ def _quoted(id: str, what: str) -> str:
 def number_key(prefix: str, number: int) -> str:
     """Return the key of entry `number` of a sequence: the keys sort as the numbers do."""
     return f"{prefix}{number:012d}"
+
+
+def key_number(partition: str, prefix: str, key: str) -> int:
+    """Return the number that `number_key` put after `prefix`; raise `CorruptRecordError` if there is none."""
+    try:
+        return int(key[len(prefix) :])
+    except ValueError as error:
+        message = "the key ends in no number"
+        raise CorruptRecordError(message, partition=partition, key=key) from error
 
 
 def newest_first(created_at: int) -> str:

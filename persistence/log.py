@@ -38,7 +38,7 @@ from persistence.errors import (
     UnavailableError,
 )
 from persistence.ids import steady_seconds
-from persistence.keys import number_key, prefix_end
+from persistence.keys import key_number, number_key, prefix_end
 from persistence.store import Body, Chunks, MissingChunkError, Store, pack
 
 __all__ = [
@@ -222,19 +222,12 @@ class Log:
                 append.once = self._once + once
             append.expected_last = expected_last
             while not (first := await self._enqueue(partition, append)):
-                # Refused. Perhaps it had been written, unanswered, and another process has hidden
-                # it since: then its chunks are gone, or about to go.
-                await self._refill(partition, items)
+                for item in items:  # refused; what has no chunks has no value here either
+                    await self._store.refill(partition, item.body, item.value)
                 append = msgspec.structs.replace(append, future=coalescer.loop.create_future(), looked=False)
             return first
         finally:
             coalescer.room.give(size)
-
-    async def _refill(self, partition: str, items: Sequence[Item]) -> None:
-        for item in items:
-            if isinstance(item.body.c, Chunks):
-                await self._store.drop_chunks(partition, [item.body.c])
-                await self._store.fill(partition, item.body, item.value)
 
     async def edit(
         self, partition: str, make: Callable[[Tail], Awaitable[tuple[Op, ...] | None]]
@@ -658,11 +651,7 @@ class Log:
         return number_key(self._prefix, number)
 
     def _number(self, partition: str, key: str) -> int:
-        try:
-            return int(key[len(self._prefix) :])
-        except ValueError as error:
-            message = "the key of an entry ends in no number"
-            raise CorruptRecordError(message, partition=partition, key=key) from error
+        return key_number(partition, self._prefix, key)
 
     # ---- hiding
 
@@ -736,8 +725,7 @@ class Log:
                         )
                     )
                     emptied += sum(1 for version in done if version)
-                    chunks = [body.c for _, body in full if isinstance(body.c, Chunks)]
-                    await self._store.drop_chunks(partition, chunks)
+                    await self._store.drop_chunks(partition, (body.c for _, body in full))
         return emptied
 
     async def drop_stubs(

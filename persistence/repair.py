@@ -270,13 +270,12 @@ class Repair:
     # ---- streams
 
     async def _stream(self, partition: str) -> None:
-        done = await self._streams.repair(partition, dry_run=self.dry_run)
+        before = self._now - DAY_MS
+        done = await self._streams.repair(partition, before=before, dry_run=self.dry_run)
         self.report.streams_expired += done.expired
         self.report.streams_removed += done.left
         self.report.tombstones_removed += done.marks
-        used, before = partial(self._streams.chunk_ids, partition), self._now - HINT_AGE_MS
-        dropped = await drop_chunks(self.store, partition, used, before, dry_run=self.dry_run)
-        self.report.chunks_removed += dropped
+        await self._drop_unused(partition, partial(self._streams.chunk_ids, partition))
 
     # ---- chunks
 
@@ -290,6 +289,9 @@ class Repair:
                 found |= await self._sessions.log.chunk_ids(partition)
             return found
 
+        await self._drop_unused(partition, used)
+
+    async def _drop_unused(self, partition: str, used: Callable[[], Awaitable[set[str]]]) -> None:
         before = self._now - HINT_AGE_MS
         dropped = await drop_chunks(self.store, partition, used, before, dry_run=self.dry_run)
         self.report.chunks_removed += dropped
@@ -307,13 +309,7 @@ async def drop_chunks(
 
     Returns how many. `used` is asked after the chunks were listed: none of them can become used unseen.
     """
-    found: list[str] = []
-    start, end = CHUNK, prefix_end(CHUNK)
-    while (page := await store.coalescer.scan(partition, start, end, limit=1)).entries:
-        id = page.entries[0].key.split("/")[1]
-        found.append(id)
-        start = prefix_end(f"{CHUNK}{id}/")
-    old = [id for id in found if _uuid7_ms(id) < before]
+    old = [id for id in await store.coalescer.names(partition, CHUNK) if _uuid7_ms(id) < before]
     if not old:
         return 0
     in_use = await used()

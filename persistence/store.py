@@ -138,11 +138,22 @@ class Store:
             raise CorruptRecordError(message, partition=partition, key=entry.key)
         return body
 
-    async def drop_chunks(self, partition: str, dropped: Iterable[Chunks]) -> None:
-        """Remove chunks that nothing refers to any more."""
+    async def refill(self, partition: str, body: Body, value: Any) -> None:
+        """Write the chunks anew of a `body`, if it has any, whose Write was refused.
+
+        It may have been written, unanswered, and replaced or deleted since:
+        then they are gone, or about to go.
+        """
+        if isinstance(body.c, Chunks):
+            await self.drop_chunks(partition, [body.c])
+            await self.fill(partition, body, value)
+
+    async def drop_chunks(self, partition: str, dropped: Iterable[Chunks | UnsetType]) -> None:
+        """Remove chunks that nothing refers to any more; a body without any has none to remove."""
         for chunks in dropped:
-            prefix = f"{CHUNK}{chunks.id}/"
-            await self.coalescer.purge(partition, prefix, prefix_end(prefix))
+            if isinstance(chunks, Chunks):
+                prefix = f"{CHUNK}{chunks.id}/"
+                await self.coalescer.purge(partition, prefix, prefix_end(prefix))
 
     def _decoded(self, text: bytes | Raw, tagged: bool, partition: str, key: str) -> Any:
         try:

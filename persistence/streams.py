@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import UNSET, Raw
 
 from persistence.calls import Repository, public, public_change
 from persistence.coalescer import Tries, backoff
@@ -39,7 +39,7 @@ from persistence.errors import (
     UnavailableError,
 )
 from persistence.ids import steady_seconds
-from persistence.keys import encode_id, number_key, prefix_end
+from persistence.keys import encode_id, key_number, number_key, prefix_end
 from persistence.log import FORGET_SECONDS
 from persistence.store import Body, Chunks, MissingChunkError, Store, pack
 
@@ -48,7 +48,6 @@ __all__ = ["StreamMeta", "StreamRepair", "Streams"]
 _KIND: Final = "stream"
 _HEAD, _LOCK, _PART = "head", "lock", "part/"
 _LAST_PARTS = frozenset({"finish", "error"})
-_MARK_MS = 86_400_000
 _REMEMBERED = 10_000  # streams whose end a process remembers
 _PAGE = 500
 _READ_TRIES = 6
@@ -191,7 +190,7 @@ class Streams(Repository):
             try:
                 end = await self._append(partition, stream_id, index, body, part, limits, warm)
             except (ConflictError, InvalidValueError):
-                await self._drop_chunks(partition, [body.c])
+                await self._store.drop_chunks(partition, [body.c])
                 raise
             except BaseException:
                 warm.end = None  # the Write may have been applied
@@ -240,7 +239,7 @@ class Streams(Repository):
 
         async def expire(partition: str) -> None:
             nonlocal deleted
-            deleted += await self._expire(partition)
+            deleted += await self._delete(partition, only_expired=True) is not None
 
         await self._deadlines.sweep(_KIND, expire)
         return deleted
@@ -299,41 +298,44 @@ class Streams(Repository):
             body.at = max(self._store.clock(), live.last.at if live else 0)  # clocks differ, and step back
             _continue(body, live, limits)
             doubt = _doubt(partition, index, body, live, limits)
-            if doubt is not None and looked:
-                warm.end = end
-                raise doubt
             if doubt is None:
                 if body.ttl and not hinted and (live is None or body.ttl != live.last.ttl):
                     await self._deadlines.put(partition, body.at + body.ttl)
                     hinted = True
-                since = steady_seconds()
-                life = self._store.ids() if live is None else live.life
-                ops: list[Op] = [Put(_part_key(life, index), pack(body), ABSENT)]
-                if live is None:
-                    ops.append(Put(_HEAD, pack(_Head(id=stream_id, life=life)), end.head if end else ABSENT))
-                expired = end if live is None and end is not None and end.life else None
-                if expired is not None:
-                    ops.append(self._mark(expired))
-                version = await self._store.coalescer.write(partition, ops)
-                if version:
-                    body.v = body.c = UNSET  # what is remembered must stay small
-                    head = version if live is None else live.head
-                    warm.end = _End(stream_id, life, head, index + 1, body, since)
+                created = await self._create(partition, stream_id, index, body, end, live)
+                if created is not None:
+                    warm.end = created
                     # The part is stored; what cannot be done now, `repair` will do.
                     with suppress(UnavailableError, OutcomeUnknownError):
                         if hinted and self._store.clock() >= body.at + body.ttl:
                             # It took so long that a sweep may have found the deadline, and no stream.
                             await self._deadlines.put(partition, body.at + body.ttl)
-                        if expired is not None:
-                            await self._drop_life(partition, expired)
-                    return warm.end
+                        if live is None and end is not None and end.life:
+                            await self._drop_life(partition, end)
+                    return created
                 await tries.another()
-                if isinstance(body.c, Chunks):
-                    # It may have been written, unanswered, and deleted since: then its chunks are
-                    # gone, or about to go.
-                    await self._drop_chunks(partition, [body.c])
-                    await self._store.fill(partition, body, part)
+                await self._store.refill(partition, body, part)
+            elif looked:
+                warm.end = end
+                raise doubt
             end, looked = await self._look(partition), True
+
+    async def _create(
+        self, partition: str, stream_id: str, index: int, body: _PartBody, end: _End | None, live: _End | None
+    ) -> _End | None:
+        """Write a part after `live`, or the first of a life after `end`; return the end, None: refused."""
+        since = steady_seconds()
+        life = self._store.ids() if live is None else live.life
+        ops: list[Op] = [Put(_part_key(life, index), pack(body), ABSENT)]
+        if live is None:
+            ops.append(Put(_HEAD, pack(_Head(id=stream_id, life=life)), end.head if end else ABSENT))
+            if end is not None and end.life:
+                ops.append(self._mark(end))
+        version = await self._store.coalescer.write(partition, ops)
+        if not version:
+            return None
+        body.v = body.c = UNSET  # what is remembered must stay small
+        return _End(stream_id, life, version if live is None else live.head, index + 1, body, since)
 
     def _alive(self, end: _End | None) -> _End | None:
         """Return `end` unless the stream was deleted, or has expired."""
@@ -374,7 +376,8 @@ class Streams(Repository):
                 body = _PartBody(big=True)  # perhaps
             if not body.gone:
                 body.v = body.c = UNSET
-                return _End(head.id, life, version, _index(partition, entry.key) + 1, body, since)
+                parts = key_number(partition, _life_prefix(life), entry.key) + 1
+                return _End(head.id, life, version, parts, body, since)
             await backoff(attempt)  # its head was read before the end of this life, the mark after it
         raise _restless(partition)
 
@@ -453,11 +456,18 @@ class Streams(Repository):
     # ---- removing
 
     async def _delete(self, partition: str, *, only_expired: bool = False) -> _End | None:
-        """End the present life; return what its end was, None if there is nothing to delete."""
+        """End the present life; return what its end was, None if there is nothing to delete.
+
+        With `only_expired` one that goes on is left as it is, and its new deadline noted.
+        """
         tries = Tries(partition)
         while True:
             end = await self._look(partition, deleting=not only_expired)
-            if end is None or not end.life or (only_expired and self._alive(end)):
+            if end is None or not end.life:
+                return None
+            if only_expired and self._alive(end):
+                if end.last.ttl:  # it went on since it was noted: its end is a later one
+                    await self._deadlines.put(partition, end.last.at + end.last.ttl)
                 return None
             # The lock stays: who deletes a stream to begin it anew may be the one who holds it.
             head = Put(_HEAD, pack(_Head(id=end.id, at=self._store.clock())), end.head)
@@ -468,7 +478,8 @@ class Streams(Repository):
 
     async def _drop_life(self, partition: str, end: _End) -> None:
         if end.last.big:
-            await self._drop_chunks(partition, [one async for one in self._chunks(partition, end.life)])
+            chunks = [one async for one in self._chunks(partition, end.life)]
+            await self._store.drop_chunks(partition, chunks)
         await self._purge(partition, end.life, end.parts)
 
     async def _purge(self, partition: str, life: str, count: int) -> None:
@@ -488,33 +499,23 @@ class Streams(Repository):
                 if isinstance(body.c, Chunks):
                     yield body.c
 
-    async def _drop_chunks(self, partition: str, dropped: Iterable[Chunks | UnsetType]) -> None:
-        await self._store.drop_chunks(partition, [one for one in dropped if isinstance(one, Chunks)])
-
-    async def _expire(self, partition: str) -> bool:
-        """Delete the stream of `partition` if its time has come; tell whether that was so."""
-        if await self._delete(partition, only_expired=True):
-            return True
-        end = await self._look(partition)
-        if end is not None and end.last.ttl:  # it went on since: its end is a later one
-            await self._deadlines.put(partition, end.last.at + end.last.ttl)
-        return False
-
     # ---- repair
 
-    async def repair(self, partition: str, *, dry_run: bool) -> StreamRepair:
-        """Remove an expired stream, what a crash left of deleted ones, and marks and locks that are old."""
+    async def repair(self, partition: str, *, before: int, dry_run: bool) -> StreamRepair:
+        """Remove an expired stream, what a crash left of deleted ones, old marks, and a lock that has ended.
+
+        Marks, and a head without a life, go if they are older than `before` (ms).
+        """
         end = await self._look(partition)
         expired = end is not None and bool(end.life) and not self._alive(end)
         if expired and not dry_run:
-            await self._expire(partition)
+            await self._delete(partition, only_expired=True)
         left = marks = 0
-        before = self._store.clock() - _MARK_MS
         if end is not None and not end.life and end.last.at < before and not dry_run:
             await self._store.coalescer.write(partition, [Delete(_HEAD, end.head)])
         for life, entry in await self._lives_over(partition):
             body = self._store.unpack(self._parts, partition, entry)
-            count = _index(partition, entry.key) + (not body.gone)
+            count = key_number(partition, _life_prefix(life), entry.key) + (not body.gone)
             first = await self._page(partition, life, 0, 1)
             if first and first[0].key < _part_key(life, count):
                 left += 1
@@ -533,17 +534,12 @@ class Streams(Repository):
 
     async def _lives_over(self, partition: str) -> list[tuple[str, Entry]]:
         """Return the lives that are over and their greatest entries."""
-        found: list[tuple[str, Entry]] = []
-        start, end = _PART, prefix_end(_PART)
-        while (page := await self._store.coalescer.scan(partition, start, end, limit=1)).entries:
-            life = page.entries[0].key.split("/")[1]
-            entry = await self._greatest(partition, _life_prefix(life))
-            found += [] if entry is None else [(life, entry)]
-            start = prefix_end(_life_prefix(life))
+        lives = await self._store.coalescer.names(partition, _PART)
+        ends = [(life, await self._greatest(partition, _life_prefix(life))) for life in lives]
         # Read after them: what was there, and is not the present life, will never be again.
         (head,) = await self._store.coalescer.get([Key(partition, _HEAD)])
         present = "" if head is None else self._store.unpack(self._heads, partition, head).life
-        return [(life, entry) for life, entry in found if life != present]
+        return [(life, entry) for life, entry in ends if entry is not None and life != present]
 
     async def chunk_ids(self, partition: str) -> set[str]:
         """Return the ids of the chunks that parts lie in."""
@@ -640,14 +636,6 @@ def _life_prefix(life: str) -> str:
 
 def _part_key(life: str, index: int) -> str:
     return number_key(_life_prefix(life), index)
-
-
-def _index(partition: str, key: str) -> int:
-    try:
-        return int(key.rpartition("/")[2])
-    except ValueError as error:
-        message = "the key of a part ends in no number"
-        raise CorruptRecordError(message, partition=partition, key=key) from error
 
 
 def _whole(least: int, value: int, what: str) -> int:

@@ -29,7 +29,7 @@ from persistence.collection import HintBody, Place
 from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, MAX_GET_KEYS, Entry, Key
 from persistence.errors import CorruptRecordError
-from persistence.keys import after, encode_id, newest_first, number_key, prefix_end
+from persistence.keys import after, encode_id, key_number, newest_first, number_key, prefix_end
 from persistence.pieces import Cut, Memo, Span, assemble, count, covered, digest, runs, spans_of, subtract
 from persistence.store import Body, Store
 
@@ -574,8 +574,4 @@ def piece_key(number: int) -> str:
 
 def number_of(partition: str, key: str) -> int:
     """Return the number of the piece with this key."""
-    try:
-        return int(key[len(PIECE) :])
-    except ValueError as error:
-        message = "the key of a piece ends in no number"
-        raise CorruptRecordError(message, partition=partition, key=key) from error
+    return key_number(partition, PIECE, key)
