@@ -13,9 +13,8 @@ import shlex
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import closing, suppress
-from datetime import datetime
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, TypeVar, cast
@@ -35,6 +34,7 @@ from persistence.collection import Listing
 from persistence.connect import Persistence, create_persistence, driver_from_url
 from persistence.driver import Driver
 from persistence.errors import ConfigurationError, InvalidKeyError, InvalidValueError, PersistenceError
+from persistence.ids import shown_time
 from persistence.importing import (
     Conversation,
     Importer,
@@ -204,7 +204,7 @@ def sessions(
         _fail("give --container or --image, not both", 2)
 
     async def work() -> tuple[list[SessionRecord], list[int], str | None]:
-        async with create_persistence(await _keyed(_existing(url))) as p:
+        async with _looking(url) as p:
             if container is not None:
                 found = await p.sessions.find_sessions_by_container_id(container, limit=limit, cursor=cursor)
             elif image is not None:
@@ -218,8 +218,7 @@ def sessions(
         _print_json("sessions", [record.to_mapping() for record in records], {"cursor": more})
         return
     _print(_sessions_table(records, counts))
-    if more is not None:
-        typer.echo(f"There are more: --cursor {shlex.quote(more)}")
+    _tell_of_more("--cursor", more)
 
 
 @app.command(no_args_is_help=True)
@@ -244,7 +243,7 @@ def show(
     store, session_id = _store_and("session", url, session)
 
     async def work() -> tuple[SessionRecord | None, list[StoredMessage], int]:
-        async with create_persistence(await _keyed(_existing(store))) as p:
+        async with _looking(store) as p:
             return await asyncio.gather(
                 p.sessions.find_session_by_id(session_id),
                 p.sessions.read_messages(session_id, last=last),
@@ -261,7 +260,7 @@ def show(
         return
     fields: dict[str, Any] = {"session_id": session_id} if record is None else record.to_mapping()
     for name, value in fields.items():
-        shown = _time(value) if name in ("created_at", "updated_at") else _cell(value, full=full)
+        shown = shown_time(value) if name in ("created_at", "updated_at") else _cell(value, full=full)
         _print(Text.assemble((f"{name}: ", "bold"), shown))
     _print(_messages_table(messages, full=full))
     typer.echo(f"{len(messages):,} of {count:,} messages")
@@ -285,7 +284,7 @@ def threads(
     """
 
     async def work() -> Listing[ThreadMeta]:
-        async with create_persistence(await _keyed(_existing(url))) as p:
+        async with _looking(url) as p:
             return await p.checkpoints.list_threads(limit=limit, cursor=cursor)
 
     found = _run(work())
@@ -299,10 +298,9 @@ def threads(
     table.add_column("updated", no_wrap=True)
     for one in found:
         ids = Text(_clean(one.thread_id)), f"{one.checkpoints:,}", one.latest_id
-        table.add_row(*ids, _time(one.updated_at))
+        table.add_row(*ids, shown_time(one.updated_at))
     _print(table)
-    if found.cursor is not None:
-        typer.echo(f"There are more: --cursor {shlex.quote(found.cursor)}")
+    _tell_of_more("--cursor", found.cursor)
 
 
 @app.command(no_args_is_help=True)
@@ -333,7 +331,7 @@ def checkpoints(
         return
 
     async def work() -> Listing[CheckpointMeta]:
-        async with create_persistence(await _keyed(_existing(store))) as p:
+        async with _looking(store) as p:
             return await p.checkpoints.list(thread_id, limit=limit, before=before)
 
     found = _run(work())
@@ -351,15 +349,14 @@ def checkpoints(
     for one in found:
         about = Text(_clean(", ".join(one.labels))), Text(_clean(one.run_id or ""))
         sizes = f"{one.size_bytes:,}", f"{one.stored_bytes:,}"
-        table.add_row(one.id, *about, *sizes, _time(one.created_at))
+        table.add_row(one.id, *about, *sizes, shown_time(one.created_at))
     _print(table)
-    if found.cursor is not None:
-        typer.echo(f"There are more: --before {found.cursor}")
+    _tell_of_more("--before", found.cursor)
 
 
 def _print_state(store: str, thread_id: str, checkpoint_id: str | None) -> None:
     async def work() -> Checkpoint | None:
-        async with create_persistence(await _keyed(_existing(store))) as p:
+        async with _looking(store) as p:
             return await p.checkpoints.read(thread_id, checkpoint_id)
 
     found = _run(work())
@@ -371,6 +368,18 @@ def _print_state(store: str, thread_id: str, checkpoint_id: str | None) -> None:
 
 def _fields(meta: CheckpointMeta) -> dict[str, Any]:
     return msgspec.structs.asdict(meta) | {"labels": list(meta.labels)}
+
+
+@asynccontextmanager
+async def _looking(url: str) -> AsyncIterator[Persistence]:
+    """Open a store that is there."""
+    async with create_persistence(await _keyed(_existing(url))) as p:
+        yield p
+
+
+def _tell_of_more(option: str, value: str | None) -> None:
+    if value is not None:
+        typer.echo(f"There are more: {option} {shlex.quote(value)}")
 
 
 def _store_and(what: str, url: str | None, id: str | None) -> tuple[str, str]:
@@ -405,7 +414,7 @@ def repair(
         bar = progress.add_task("repair", total=None)
 
         async def work() -> RepairReport:
-            async with create_persistence(await _keyed(_existing(url))) as p:
+            async with _looking(url) as p:
                 return await p.repair(
                     dry_run=dry_run, progress=lambda count: progress.update(bar, completed=count)
                 )
@@ -685,7 +694,7 @@ def _sessions_table(records: Sequence[SessionRecord], counts: Sequence[int]) -> 
     table.add_column("created", no_wrap=True)
     for record, count in zip(records, counts, strict=True):
         ids = (record.session_id, record.image_id, record.container_id)
-        table.add_row(*(Text(_clean(id)) for id in ids), f"{count:,}", _time(record.created_at))
+        table.add_row(*(Text(_clean(id)) for id in ids), f"{count:,}", shown_time(record.created_at))
     return table
 
 
@@ -697,7 +706,7 @@ def _messages_table(messages: Sequence[StoredMessage], *, full: bool) -> Table:
     table.add_column("message", overflow="fold")
     for stored in messages:
         texts = Text("\n").join(_cell(text, full=full) for text in _texts(stored.message))
-        table.add_row(str(stored.seq), _time(stored.created_at), _cell(_role(stored.message)), texts)
+        table.add_row(str(stored.seq), shown_time(stored.created_at), _cell(_role(stored.message)), texts)
     return table
 
 
@@ -758,10 +767,3 @@ def _one_line(text: str) -> str:
 def _clean(text: str) -> str:
     """Return `text` without what would give commands to a terminal."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
-
-
-def _time(milliseconds: int) -> str:
-    try:
-        return f"{datetime.fromtimestamp(milliseconds / 1000):%Y-%m-%d %H:%M:%S}"
-    except (ValueError, OverflowError, OSError):  # no year that a calendar has
-        return f"{milliseconds} ms"

@@ -15,13 +15,22 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from math import isfinite
 from typing import Any
 
 from persistence.errors import InvalidValueError
 
-__all__ = ["Clock", "IdFactory", "as_ms", "new_id", "now_ms", "random_version", "steady_seconds"]
+__all__ = [
+    "Clock",
+    "IdFactory",
+    "as_ms",
+    "new_id",
+    "now_ms",
+    "random_version",
+    "shown_time",
+    "steady_seconds",
+]
 
 _INT64 = 1 << 63
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -68,6 +77,14 @@ def as_ms(value: Any, what: str) -> int:
         message = f"{what}={value!r:.80}: use milliseconds within 64 bits"
         raise InvalidValueError(message)
     return whole
+
+
+def shown_time(milliseconds: int, zone: tzinfo | None = None) -> str:
+    """Return a time as text, in a zone or the system's; just the number where no calendar has its year."""
+    try:
+        return f"{datetime.fromtimestamp(milliseconds / 1000, zone):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):
+        return f"{milliseconds} ms"
 
 
 class IdFactory:

@@ -18,7 +18,7 @@ import asyncio
 import inspect
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -30,6 +30,7 @@ from persistence.checkpoints import AgentCheckpointListItem, StoredAgentCheckpoi
 from persistence.collection import Listing
 from persistence.compat import camel_case
 from persistence.errors import ConfigurationError, InvalidValueError, NotFoundError
+from persistence.ids import shown_time
 
 __all__ = [
     "Agent",
@@ -300,33 +301,28 @@ class CheckpointCommands:
             if not rest:
                 message = "usage: restore <id>; list shows the ids"
                 raise InvalidValueError(message)
-            await self._service.restore_agent_checkpoint(rest, agent)
-            return f"Checkpoint {rest} restored"
-        if command in ("", "list"):
-            return await self._list(agent)
-        if command == "history":
-            return await self._history()
-        message = f"unknown command {command!r:.80}; usage: {self.usage}"
-        raise InvalidValueError(message)
-
-    async def _list(self, agent: Agent) -> str:
+            return await self._restore(rest, agent)
+        if command not in ("", "list", "history"):
+            message = f"unknown command {command!r:.80}; usage: {self.usage}"
+            raise InvalidValueError(message)
         found = await self._service.list_checkpoints(limit=self._limit)
         if not found:
             return "There are no checkpoints"
+        return await (self._history(found) if command == "history" else self._list(found, agent))
+
+    async def _restore(self, id: str, agent: Agent) -> str:
+        await self._service.restore_agent_checkpoint(id, agent)
+        return f"Checkpoint {id} restored"
+
+    async def _list(self, found: Listing[AgentCheckpointListItem], agent: Agent) -> str:
         if self._choose is None:
             days = groupby(found, lambda item: _time(item)[:10])
             groups = ((day, [_line(item, _time(item)[11:]) for item in items]) for day, items in days)
             return _outline(groups, found.cursor)
         id = await self._choose(found)
-        if id is None:
-            return "Nothing was changed"
-        await self._service.restore_agent_checkpoint(id, agent)
-        return f"Checkpoint {id} restored"
+        return "Nothing was changed" if id is None else await self._restore(id, agent)
 
-    async def _history(self) -> str:
-        found = await self._service.list_checkpoints(limit=self._limit)
-        if not found:
-            return "There are no checkpoints"
+    async def _history(self, found: Listing[AgentCheckpointListItem]) -> str:
         by_agent = attrgetter("agent_id")
         agents = groupby(sorted(found, key=by_agent), by_agent)  # stable: the newest stays first
         lines: dict[str, str] = {}
@@ -337,12 +333,8 @@ class CheckpointCommands:
             )
             for item, one in zip(part, stored, strict=True):
                 state = None if one is None else one.state
-                slices = (
-                    ": " + ", ".join(_shown(str(name)) for name in state)
-                    if isinstance(state, Mapping) and state
-                    else ""
-                )
-                lines[item.id] = _line(item, _time(item)) + slices
+                slices = ", ".join(_shown(str(name)) for name in state) if isinstance(state, Mapping) else ""
+                lines[item.id] = _line(item, _time(item)) + (slices and f": {slices}")
         groups = ((agent, [lines[item.id] for item in items]) for agent, items in agents)
         return _outline(groups, found.cursor)
 
@@ -485,10 +477,7 @@ def _printable(text: str) -> str:
 
 
 def _time(item: AgentCheckpointListItem) -> str:
-    try:
-        return f"{datetime.fromtimestamp(item.created_at / 1000, UTC):%Y-%m-%d %H:%M:%S}"
-    except (OverflowError, ValueError, OSError):
-        return f"{item.created_at} ms"  # beyond the calendar
+    return shown_time(item.created_at, UTC)
 
 
 def _camel_fields(item: AgentCheckpointListItem) -> dict[str, Any]:
