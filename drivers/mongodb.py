@@ -37,12 +37,14 @@ from persistence.errors import ConfigurationError, CorruptRecordError, Unavailab
 from persistence.options import (
     Durability,
     check_durability,
+    check_files,
     check_namespace,
     flag,
     masked_url,
     missing_client,
     split_url,
     take_apart,
+    untrusted,
 )
 
 try:
@@ -86,6 +88,7 @@ _PAGE = 5_000  # entries that it can hold, however long their names, with PAGE_B
 _PURGE_STEP = 5_000
 _ABANDONED = 3.0  # seconds in which nothing was done in a transaction
 _OURS = DriverInfo("agent-persistence")  # tells the server whose connections these are
+_FILES = ("tlsCAFile", "tlsCertificateKeyFile", "tlsCRLFile")
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "namespace": str,
     "durability": str,
@@ -184,6 +187,7 @@ class MongoDBDriver:
             return
         try:
             if self._client is None:
+                await check_files("mongodb", self._url, self._options, _FILES)
                 self._client = self._connect()
             with self._translated():
                 with pymongo.timeout(self._connect_timeout):  # replaces serverSelectionTimeoutMS
@@ -282,7 +286,9 @@ class MongoDBDriver:
             what = str(error) if str(error).startswith("Unknown option") else "an option has no valid value"
             message = f"mongodb: {what}; ours are {', '.join(sorted(_OPTIONS))}, others are pymongo's"
             raise ConfigurationError(message) from None
-        except (TypeError, ValueError, errors.PyMongoError):
+        except (TypeError, ValueError, OSError, errors.PyMongoError) as error:
+            if (refused := untrusted(error, "mongodb", "tlsCAFile=")) is not None:
+                raise refused from error
             # Not even as the cause: it may quote a part of the password out of a malformed URL.
             message = f"mongodb: pymongo cannot use {masked_url(self._url)!r}, or one of the options given"
             raise ConfigurationError(message) from None
@@ -581,7 +587,7 @@ class MongoDBDriver:
             raise ConfigurationError(message) from error
         except errors.PyMongoError as error:
             message = f"mongodb: {error}"
-            raise UnavailableError(message) from error
+            raise untrusted(error, "mongodb", "tlsCAFile=") or UnavailableError(message) from error
 
 
 mongodb_driver = MongoDBDriver

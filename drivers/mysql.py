@@ -48,6 +48,7 @@ from persistence.options import (
     missing_client,
     split_url,
     take_apart,
+    untrusted,
 )
 
 try:
@@ -180,6 +181,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "pool_size": int,
     "timeout": float,
     "ssl": flag,
+    "ssl_ca": str,
 }
 _log = logging.getLogger("persistence")
 
@@ -204,7 +206,7 @@ class MySQLDriver:
     `url` is ``mysql://user:password@host:port/database`` or ``mariadb://…``; `host`, `port`, `user`,
     `password` and `database` go before what it says. Further options, in the query of the URL or here, go to
     the client's ``connect`` as they are, for instance ``unix_socket=…``. `ssl` is an ``ssl.SSLContext``, or
-    True for the default one.
+    True for the default one; `ssl_ca` names a file with the authorities that this trusts, not the system's.
 
     `client` is used instead where given, and not closed: a pool of the client library that is used here
     (`client_library`), which should be this driver's alone, for the sessions keep the settings below.
@@ -237,6 +239,7 @@ class MySQLDriver:
         pool_size: int = 4,
         timeout: float = 5.0,
         ssl: SSLContext | bool | None = None,
+        ssl_ca: str | None = None,
         client: Any = None,
         **client_options: Any,
     ) -> None:
@@ -258,7 +261,7 @@ class MySQLDriver:
             **{name: value for name, value in said.items() if value is not None},
             "connect_timeout": timeout,
             "client_flag": _MULTI_STATEMENTS,
-            "ssl": create_default_context() if ssl is True else ssl or None,
+            "ssl": _tls(ssl, ssl_ca),
             **client_options,
         }
         if secret := self._connect_options.get("password"):
@@ -515,6 +518,7 @@ class MySQLDriver:
             in_order = False
             try:
                 if connection not in self._configured:
+                    self._check_tls(connection)
                     await self._query(connection, self._session)
                     self._configured.add(connection)
                 result = await work(connection)
@@ -529,6 +533,11 @@ class MySQLDriver:
                     connection.close()
                 pool.release(connection)  # not awaited: that would wake those who wait there, and nobody does
         return result
+
+    def _check_tls(self, connection: Any) -> None:
+        # aiomysql goes on in the clear where the server, or whoever is in between, says that it has no TLS.
+        if self._client is None and self._connect_options["ssl"] and not getattr(connection, "_secure", True):
+            raise ConfigurationError("mysql: this server has no TLS, which ssl= asks for")
 
     async def _prepare(self) -> None:
         """Look at the server, warn of what it does not promise, and create the table if it is missing."""
@@ -591,6 +600,18 @@ def _parts(url: str) -> dict[str, Any]:
     return {**{name: value for name, value in said.items() if value}, **dict(parse_qsl(parts.query))}
 
 
+def _tls(ssl: SSLContext | bool | None, authorities: str | None) -> SSLContext | None:
+    if authorities is None:
+        return create_default_context() if ssl is True else ssl or None
+    if ssl not in (None, True):
+        raise ConfigurationError("mysql: ssl_ca= is for the default context: leave ssl= out, or give True")
+    try:
+        return create_default_context(cafile=authorities)
+    except OSError as error:
+        message = f"mysql: ssl_ca={authorities!r}: {error}"
+        raise ConfigurationError(message) from error
+
+
 def _hex(data: bytes) -> str:
     return f"x'{data.hex()}'"
 
@@ -630,6 +651,8 @@ def _broken(code: int) -> bool:
 
 def _translated(error: Exception) -> PersistenceError:
     code = _code(error)
+    if (refused := untrusted(error, "mysql", "ssl_ca=")) is not None:
+        return refused
     text = f"mysql: {code} {error.args[-1]}" if code else f"mysql: {error or 'no answer in time'}"
     if code in _CORRUPT:
         return CorruptRecordError(text)

@@ -37,6 +37,7 @@ from persistence.errors import (
 from persistence.options import (
     Durability,
     check_durability,
+    check_files,
     check_identifier,
     check_namespace,
     flag,
@@ -44,6 +45,7 @@ from persistence.options import (
     missing_client,
     split_url,
     take_apart,
+    untrusted,
 )
 
 try:
@@ -191,6 +193,7 @@ _DOWN = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     *_RETRIED,
 )
+_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "namespace": str,
     "durability": str,
@@ -370,6 +373,7 @@ class PostgreSQLDriver:
         async with self._opening:
             if self._pool is not None:
                 return
+            await check_files("postgresql", self._url, {}, _FILES)
             if self._client is None or isinstance(self._client, asyncpg.Connection):
                 self._pool = _Pool(self._pool_size, self._connect, self._client)
             else:
@@ -534,6 +538,8 @@ class PostgreSQLDriver:
         try:
             connection = await asyncpg.connect(**self._connect_options)
         except (TypeError, ValueError) as error:
+            if isinstance(error, OSError):  # a certificate that is not accepted
+                raise
             message = f"postgresql: {error}"
             raise ConfigurationError(message) from error
         try:
@@ -607,6 +613,8 @@ class PostgreSQLDriver:
             raise ConfigurationError(message) from error.__cause__
 
     def _translated(self, error: Exception) -> PersistenceError:
+        if (refused := untrusted(error, "postgresql", "sslrootcert=")) is not None:
+            return refused
         # The text alone: a server's error also has a detail, which may show what is stored.
         said = error.args[0] if isinstance(error, asyncpg.PostgresError) else error
         text = f"postgresql: {str(said) or 'no answer in time'}"

@@ -32,12 +32,14 @@ from persistence.errors import ConfigurationError, CorruptRecordError, Unavailab
 from persistence.options import (
     Durability,
     check_durability,
+    check_files,
     check_namespace,
     flag,
     masked_url,
     missing_client,
     split_url,
     take_apart,
+    untrusted,
 )
 
 try:
@@ -141,6 +143,7 @@ _FIRST_KEY = "!"
 _OLDEST = (6, 2)
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,63}")
 _REDIRECT_DELAYS = (0.0, 0.0, 0.02, 0.1, 0.3)  # seconds; a slot on its way to another node takes a moment
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "namespace": str,
     "durability": str,
@@ -255,6 +258,7 @@ class RedisDriver:
         self._turn = asyncio.Semaphore(most)
         try:
             if self._client is None:
+                await check_files("redis", self._url, self._options, _FILES)
                 self._client = self._connect()
             with _translated():
                 if isinstance(self._client, RedisCluster):
@@ -629,6 +633,8 @@ def _translated() -> Iterator[None]:
     except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
         # Where no node of a Cluster would do, the last one's reason stands behind it.
         root = error.__cause__ or error if isinstance(error, exceptions.RedisClusterException) else error
+        if (refused := untrusted(root, "redis", "ssl_ca_certs=")) is not None:
+            raise refused from error
         message = f"redis: {str(root) or 'no answer in time'}"
         if isinstance(root, _REFUSALS) or str(root).startswith(_MISTAKES):
             raise ConfigurationError(message) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
@@ -13,6 +15,7 @@ __all__ = [
     "Durability",
     "SplitURL",
     "check_durability",
+    "check_files",
     "check_identifier",
     "check_namespace",
     "flag",
@@ -20,6 +23,7 @@ __all__ = [
     "missing_client",
     "split_url",
     "take_apart",
+    "untrusted",
 ]
 
 Durability: TypeAlias = Literal["power", "process"]
@@ -27,6 +31,7 @@ Durability: TypeAlias = Literal["power", "process"]
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,63}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+_UNTRUSTED = re.compile(r"certificate verify failed: ([^(]+)|\[(?:X509|PEM): \w+\] ([^(]+)")
 
 
 def check_namespace(namespace: str) -> str:
@@ -58,6 +63,29 @@ def missing_client(driver: str, module: str) -> ConfigurationError:
     return ConfigurationError(
         f"the {driver} driver needs the package {module!r}: run  pip install 'agent-persistence[{driver}]'"
     )
+
+
+async def check_files(driver: str, url: str | None, options: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise `ConfigurationError` if one of the options `names`, in the URL or not, is no file to be read."""
+    given = {**dict(parse_qsl(urlsplit(url or "").query)), **options}
+    for name in names:
+        path = given.get(name)
+        if path is not None and not await asyncio.to_thread(os.access, path, os.R_OK):
+            message = f"{driver}: {name}={path!r} is no file that can be read"
+            raise ConfigurationError(message)
+
+
+def untrusted(error: BaseException | None, driver: str, option: str) -> ConfigurationError | None:
+    """Return the error for a certificate that was not accepted, None if `error` is any other.
+
+    `option` is the one that names the authority to trust.
+    """
+    while error is not None:
+        if reason := _UNTRUSTED.search(str(error)):  # not every client keeps the ssl module's own error
+            message = f"{driver}: the server's certificate is not trusted: {reason[1] or reason[2]}".strip()
+            return ConfigurationError(f"{message}; {option} names a file with the authority to trust")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def flag(text: str) -> bool:

@@ -34,8 +34,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
+
+if TYPE_CHECKING:  # it takes its time, and the guard below needs none
+    from certificates import Certificates
 
 READY_SECONDS = 60
 PASSWORD = "p@ss:w/rd%"  # in an URL it must be quoted, and taken apart with care
@@ -111,9 +114,10 @@ class LocalServer(Server):
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
     refuses_root: ClassVar[bool] = False
 
-    def __init__(self, *, password: str = "") -> None:
+    def __init__(self, *, password: str = "", tls: Certificates | None = None) -> None:
         super().__init__()
         self._password = password
+        self._tls = tls
         self._port = free_port()
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -124,6 +128,10 @@ class LocalServer(Server):
         """Fill the new folder `data` with what the server wants to find at its first start."""
 
     def _command(self, data: Path) -> Sequence[str | Path]:
+        raise NotImplementedError
+
+    def _with_tls(self, tls: Certificates) -> Sequence[str | Path]:
+        """Return what is to be added to the command for a server that wants TLS."""
         raise NotImplementedError
 
     def _answers(self) -> bool:
@@ -157,13 +165,17 @@ class LocalServer(Server):
         data = self._home / "data"
         if not data.exists():
             data.mkdir(mode=0o700)
+            if self._tls is not None:  # no server reads a key that is another user's
+                copies = [Path(shutil.copy2(file, self._home)) for file in self._tls]
+                self._tls = type(self._tls)(*copies)
             if account := self._account():
-                os.chown(self._home, account.pw_uid, account.pw_gid)
-                os.chown(data, account.pw_uid, account.pw_gid)
+                for path in (self._home, *self._home.iterdir()):
+                    os.chown(path, account.pw_uid, account.pw_gid)
             self._prepare(data)
         _running.append(self)
         with self.log.open("ab") as log:
-            self._process = self._spawn(self._command(data), log)
+            tls = [] if self._tls is None else self._with_tls(self._tls)
+            self._process = self._spawn([*self._command(data), *tls], log)
         _guard().watch(self._process.pid)
         wait_until(self._ready, lambda: f"{self.engine} does not get ready:\n{tail(self.log)}")
 
@@ -274,6 +286,9 @@ class PostgreSQL(LocalServer):
             "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=",
         ]  # fmt: skip
 
+    def _with_tls(self, tls: Certificates) -> Sequence[str | Path]:
+        return ["-c", "ssl=on", "-c", f"ssl_cert_file={tls.server}", "-c", f"ssl_key_file={tls.key}"]
+
     def _answers(self) -> bool:
         # A start-up packet: the answer is R (tell me your password) once the database takes connections.
         body = b"\0\3\0\0user\0persistence\0database\0persistence\0\0"
@@ -315,6 +330,9 @@ class MariaDB(LocalServer):
             f"--pid-file={self._home / 'pid'}", f"--init-file={self._home / 'init.sql'}",
         ]  # fmt: skip
 
+    def _with_tls(self, tls: Certificates) -> Sequence[str | Path]:
+        return [f"--ssl-cert={tls.server}", f"--ssl-key={tls.key}", "--require-secure-transport=ON"]
+
     def _answers(self) -> bool:
         with socket.create_connection(("127.0.0.1", self._port), 1) as client:
             return client.recv(5)[4:] == b"\x0a"  # its greeting, protocol version 10
@@ -328,7 +346,7 @@ class Redis(LocalServer):
 
     def url_at(self, port: int) -> str:
         account = f":{quote(self._password, safe='')}@" if self._password else ""
-        return f"redis://{account}127.0.0.1:{port}"
+        return f"redis{'s' if self._tls else ''}://{account}127.0.0.1:{port}"
 
     def command(self, *words: str | int) -> Any:
         """Send one command and return its reply."""
@@ -338,7 +356,8 @@ class Redis(LocalServer):
 
         once = Retry(NoBackoff(), 0)
         password = self._password or None
-        with redis.Redis(port=self._port, password=password, socket_timeout=5, retry=once) as client:
+        tls: dict[str, Any] = {"ssl": True, "ssl_cert_reqs": "none"} if self._tls else {}
+        with redis.Redis(port=self._port, password=password, socket_timeout=5, retry=once, **tls) as client:
             return client.execute_command(*words)
 
     def _command(self, data: Path) -> Sequence[str | Path]:
@@ -347,6 +366,12 @@ class Redis(LocalServer):
             program(self.engine, "redis-server"), "--port", str(self._port), "--bind", "127.0.0.1",
             "--dir", data, "--save", "", "--appendonly", "yes", "--appendfsync", "always",
             *password, *self.options,
+        ]  # fmt: skip
+
+    def _with_tls(self, tls: Certificates) -> Sequence[str | Path]:
+        return [
+            "--port", "0", "--tls-port", str(self._port), "--tls-auth-clients", "no", "--tls-cluster", "yes",
+            "--tls-cert-file", tls.server, "--tls-key-file", tls.key, "--tls-ca-cert-file", tls.authority,
         ]  # fmt: skip
 
     def _answers(self) -> bool:
@@ -368,8 +393,8 @@ class RedisNode(Redis):
             "--cluster-port", str(self._bus),
         ]  # fmt: skip
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, tls: Certificates | None = None) -> None:
+        super().__init__(tls=tls)
         self._bus = free_port()
 
     @property
@@ -384,9 +409,9 @@ class RedisCluster(Server):
     engine = "redis_cluster"
     slots: ClassVar[int] = 16384
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls: Certificates | None = None) -> None:
         super().__init__()
-        self.nodes = [RedisNode() for _ in range(3)]
+        self.nodes = [RedisNode(tls=tls) for _ in range(3)]
         self._formed = False
 
     @property
@@ -447,8 +472,10 @@ class MongoDB(LocalServer):
 
     engine = "mongodb"
 
-    def __init__(self, *, password: str = "", replica_set: bool = True) -> None:
-        super().__init__(password=password)
+    def __init__(
+        self, *, password: str = "", replica_set: bool = True, tls: Certificates | None = None
+    ) -> None:
+        super().__init__(password=password, tls=tls)
         self._replica_set = replica_set
         self._known = False
 
@@ -474,12 +501,16 @@ class MongoDB(LocalServer):
             "--setParameter", "diagnosticDataCollectionEnabled=false", *replication, *key,
         ]  # fmt: skip
 
+    def _with_tls(self, tls: Certificates) -> Sequence[str | Path]:
+        return ["--tlsMode", "requireTLS", "--tlsCertificateKeyFile", tls.both]
+
     def _answers(self) -> bool:
         from pymongo import MongoClient
         from pymongo.errors import AutoReconnect, OperationFailure
 
         address = f"mongodb://127.0.0.1:{self._port}/?directConnection=true&serverSelectionTimeoutMS=1000"
-        client: MongoClient[dict[str, Any]] = MongoClient(address)
+        tls: dict[str, Any] = {"tls": True, "tlsAllowInvalidCertificates": True} if self._tls else {}
+        client: MongoClient[dict[str, Any]] = MongoClient(address, **tls)
         with client:
             try:
                 hello = client.admin.command("hello")

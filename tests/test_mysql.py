@@ -9,17 +9,20 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import import_module
+from pathlib import Path
+from ssl import create_default_context
 from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import servers
+from certificates import make_certificates
 from proxy import Proxy
 
 from persistence.driver import ABSENT, PAGE_BYTES, Check, Delete, Entry, Key, Put, Write
 from persistence.drivers import mysql
-from persistence.errors import ConfigurationError, UnavailableError
+from persistence.errors import ConfigurationError, PersistenceError, UnavailableError
 
 Servers = Callable[..., Any]
 DEADLINE = 10.0
@@ -621,3 +624,19 @@ async def test_a_commit_under_cancellation_is_whole_or_absent(on: ModuleType, se
                 await task
             page = await driver.scan("p", "", None, limit=9)
             assert [entry.key for entry in page.entries] in ([], ["a", "b"])
+
+
+async def test_tls_is_used_where_it_is_asked_for_or_there_is_no_connection(
+    on: ModuleType, server: Servers, own_server: Servers, tmp_path: Path
+) -> None:
+    ours = make_certificates(tmp_path)
+    secured = own_server("mysql", tls=ours).url
+    async with opened(on, secured, ssl=create_default_context(cafile=str(ours.authority))) as driver:
+        (_, cipher), *_ = await driver._fetch("SHOW SESSION STATUS LIKE 'Ssl_cipher'")
+        assert cipher
+    with pytest.raises(ConfigurationError, match="not trusted"):
+        await on.MySQLDriver(secured, ssl=True).open()
+    with pytest.raises(PersistenceError, match=r"TLS|SSL"):  # aiomysql would have gone on in the clear
+        await on.MySQLDriver(server("mysql").url, ssl_ca=str(ours.authority)).open()
+    with pytest.raises(ConfigurationError, match="ssl_ca"):
+        on.MySQLDriver(secured, ssl=False, ssl_ca=str(ours.authority))

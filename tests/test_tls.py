@@ -1,0 +1,109 @@
+"""Servers over TLS: who they are is checked, and nothing is ever said in the clear instead."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+import servers
+from certificates import Certificates, make_certificates
+
+from persistence import ConfigurationError, PersistenceError, create_persistence
+
+SCHEMES = {
+    "postgresql": "postgresql",
+    "mysql": "mysql",
+    "redis": "rediss",
+    "redis_cluster": "rediss+cluster",
+    "mongodb": "mongodb",
+}
+OPTIONS: dict[str, dict[str, str]] = {
+    "postgresql": {"sslmode": "verify-full"},
+    "mysql": {},
+    "redis": {"connect_timeout": "1"},
+    "redis_cluster": {"connect_timeout": "1"},
+    "mongodb": {"connect_timeout": "1", "tls": "true"},
+}
+AUTHORITY = {
+    "postgresql": "sslrootcert",
+    "mysql": "ssl_ca",
+    "redis": "ssl_ca_certs",
+    "redis_cluster": "ssl_ca_certs",
+    "mongodb": "tlsCAFile",
+}
+
+
+# pymongo leaves the socket of a handshake that failed to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collected_here() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("ours"))
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("strangers"))
+
+
+@pytest.fixture(scope="module", params=list(SCHEMES))
+def secured(request: pytest.FixtureRequest, certificates: Certificates) -> Iterator[tuple[str, str]]:
+    """An engine, and the URL of a server of it that wants TLS."""
+    server = servers.own(request.param, tls=certificates)
+    yield request.param, server.url
+    server.kill()
+
+
+def trusting(engine: str, url: str, authority: Path | str) -> str:
+    """Return the URL for who trusts that authority."""
+    _, _, rest = url.partition("://")
+    query = urlencode({**OPTIONS[engine], AUTHORITY[engine]: authority})
+    return f"{SCHEMES[engine]}://{rest}{'&' if '?' in rest else '?'}{query}"
+
+
+async def test_over_tls_all_is_as_without(secured: tuple[str, str], certificates: Certificates) -> None:
+    engine, url = secured
+    async with create_persistence(trusting(engine, url, certificates.authority)) as p:
+        await p.sessions.add_message("s", {"role": "user", "content": "nobody else reads this"})
+        meta = await p.checkpoints.put("t", {"step": 1})
+
+        assert [message["role"] for message in await p.sessions.get_messages("s")] == ["user"]
+        assert await p.checkpoints.get("t", meta.id) == {"step": 1}
+
+
+async def test_a_server_whose_certificate_nobody_we_trust_has_signed_is_refused(
+    secured: tuple[str, str], strangers: Certificates
+) -> None:
+    engine, url = secured
+    with pytest.raises(ConfigurationError, match=f"not trusted: .*{AUTHORITY[engine]}"):
+        await create_persistence(trusting(engine, url, strangers.authority))
+
+
+@pytest.mark.parametrize("content", [None, "", "no certificate"])
+async def test_a_file_without_any_authority_is_named(
+    secured: tuple[str, str], tmp_path: Path, content: str | None
+) -> None:
+    engine, url = secured
+    path = tmp_path / "authority.pem"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigurationError, match=AUTHORITY[engine]):
+        await create_persistence(trusting(engine, url, path))
+
+
+@pytest.mark.parametrize("engine", list(SCHEMES))
+async def test_a_server_without_tls_is_refused_where_tls_is_asked_for(
+    engine: str, server: Callable[[str], servers.Server], certificates: Certificates
+) -> None:
+    with pytest.raises(PersistenceError):
+        await create_persistence(trusting(engine, server(engine).url, certificates.authority))
