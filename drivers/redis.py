@@ -400,7 +400,7 @@ class RedisDriver:
         if tuple(map(int, str(info["redis_version"]).split(".")[:2])) < _OLDEST:
             message = f"redis: the server has version {info['redis_version']}; 6.2 is the oldest that works"
             raise ConfigurationError(message)
-        if info.get("redis_mode") == "cluster" and not self._as_cluster:
+        if "cluster" in (info.get("redis_mode"), info.get("server_mode")) and not self._as_cluster:
             message = "redis: the server is a node of a Cluster: use redis+cluster:// or cluster=True"
             raise ConfigurationError(message)
         policy = info.get("maxmemory_policy", "noeviction")

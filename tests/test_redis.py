@@ -340,7 +340,7 @@ async def test_a_reply_cut_in_the_middle_does_not_reach_another_caller(server: S
 
 async def test_a_server_that_hangs_is_given_up_in_time(server: Servers) -> None:
     url = server("redis").url_at
-    async with Proxy(server("redis").port) as proxy, opened(url(proxy.port), timeout=0.3) as driver:
+    async with Proxy(server("redis").port) as proxy, opened(url(proxy.port), timeout=1) as driver:
         await driver.commit([create("p")])
         proxy.stall()
         with pytest.raises(UnavailableError):
