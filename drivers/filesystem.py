@@ -730,7 +730,7 @@ def from_url(url: str) -> FilesystemDriver:
     parts, options, _ = split_url(url, {"namespace": str, "durability": str, "create": flag})
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.fragment:
         raise ConfigurationError("a file:// URL is file:///folder: three slashes, and %23 for #")
-    return FilesystemDriver(unquote(parts.path), **options)
+    return FilesystemDriver(unquote(parts.path, errors="strict"), **options)
 
 
 def _folder_name(namespace: str) -> str:

@@ -39,6 +39,8 @@ from persistence.options import (
     check_durability,
     check_files,
     check_namespace,
+    check_pool_size,
+    check_seconds,
     flag,
     masked_url,
     missing_client,
@@ -144,6 +146,9 @@ class MongoDBDriver:
         pool_size: int = 20,
         **client_options: Any,
     ) -> None:
+        check_pool_size(pool_size)
+        check_seconds("timeout", timeout)
+        check_seconds("connect_timeout", connect_timeout)
         self._namespace = check_namespace(namespace)
         journal = {"j": True} if check_durability(durability) == "power" else {}
         self._durable = WriteConcern("majority", **journal)

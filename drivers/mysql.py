@@ -43,6 +43,8 @@ from persistence.options import (
     check_durability,
     check_identifier,
     check_namespace,
+    check_pool_size,
+    check_seconds,
     flag,
     masked_url,
     missing_client,
@@ -243,9 +245,8 @@ class MySQLDriver:
         client: Any = None,
         **client_options: Any,
     ) -> None:
-        if pool_size < 1 or not 1 <= timeout <= 86_400:
-            message = f"pool_size={pool_size!r}, timeout={timeout!r}: use 1 or more, and 1 to 86400 seconds"
-            raise ConfigurationError(message)
+        check_pool_size(pool_size)
+        check_seconds("timeout", timeout, least=1)
         self._name = check_identifier(table, "table")
         self._table = f"`{table}`"
         self._first = f"{check_namespace(namespace)}/"
@@ -512,7 +513,7 @@ class MySQLDriver:
         async with asyncio.timeout(self._timeout + _GRACE):
             try:
                 connection = await pool.acquire()
-            except TypeError as error:
+            except (AttributeError, TypeError, ValueError) as error:  # port=, charset=, an option unknown
                 message = f"mysql: {error}"
                 raise ConfigurationError(message) from error
             in_order = False

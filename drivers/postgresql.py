@@ -40,6 +40,8 @@ from persistence.options import (
     check_files,
     check_identifier,
     check_namespace,
+    check_pool_size,
+    check_seconds,
     flag,
     masked_url,
     missing_client,
@@ -299,11 +301,8 @@ class PostgreSQLDriver:
         client: _Client | None = None,
         **client_options: Any,
     ) -> None:
-        if pool_size < 1 or not 0.001 <= timeout <= 86_400:
-            message = (
-                f"pool_size={pool_size!r}, timeout={timeout!r}: use 1 or more, and 0.001 to 86400 seconds"
-            )
-            raise ConfigurationError(message)
+        check_pool_size(pool_size)
+        check_seconds("timeout", timeout)
         if url is not None:
             take_apart(url)
         self._schema = check_identifier(schema, "schema")

@@ -34,6 +34,8 @@ from persistence.options import (
     check_durability,
     check_files,
     check_namespace,
+    check_pool_size,
+    check_seconds,
     flag,
     masked_url,
     missing_client,
@@ -214,6 +216,9 @@ class RedisDriver:
         pool_size: int = 10,
         **client_options: Any,
     ) -> None:
+        check_pool_size(pool_size)
+        check_seconds("timeout", timeout)
+        check_seconds("connect_timeout", connect_timeout)
         if not _PREFIX.fullmatch(prefix):
             message = f"prefix={prefix!r}: use 1 to 63 letters, digits or '_.:-'"
             raise ConfigurationError(message)

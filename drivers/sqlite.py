@@ -47,6 +47,7 @@ from persistence.options import (
     check_durability,
     check_identifier,
     check_namespace,
+    check_seconds,
     flag,
     split_url,
 )
@@ -137,9 +138,7 @@ class SQLiteDriver:
         if text in ("", ":memory:"):
             message = f"path={text!r}: the data need a file here; memory_driver keeps them in memory"
             raise ConfigurationError(message)
-        if not 0 <= busy_timeout <= 3600:
-            message = f"busy_timeout={busy_timeout!r}: use 0 to 3600 seconds"
-            raise ConfigurationError(message)
+        check_seconds("busy_timeout", busy_timeout, least=0)
         self._path = Path(text)
         self._create = create
         self._busy_timeout = busy_timeout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from typing import TextIO
 
@@ -21,8 +22,12 @@ def main() -> None:
         message = f"the command needs the package {missing!r}: run  pip install 'agent-persistence[cli]'"
         print(message, file=sys.stderr)
         sys.exit(2)
+    if sys.stdout is None:  # closed, by >&- say
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
+    # As Ctrl-C: what was done is told, and a terminal gets its cursor back.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         app(prog_name="persistence")
     except OSError as error:  # what the store raises is told by the command itself: this is the output's

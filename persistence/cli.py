@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import json
 import os
@@ -32,13 +31,13 @@ from persistence.checkpoints import Checkpoint, CheckpointMeta, ThreadMeta
 from persistence.codec import encode
 from persistence.collection import Listing
 from persistence.connect import Persistence, create_persistence, driver_from_url
-from persistence.driver import Driver
 from persistence.errors import ConfigurationError, InvalidKeyError, InvalidValueError, PersistenceError
 from persistence.ids import shown_time
 from persistence.importing import (
     Conversation,
     Importer,
     Lines,
+    keyed,
     read_conversation,
     standard_input,
 )
@@ -144,7 +143,7 @@ def import_(
 
         async def work() -> None:
             nonlocal importer
-            async with create_persistence(await _keyed(to)) as p:
+            async with create_persistence(await keyed(to)) as p:
                 importer = Importer(p, image, container)
                 importer.on_problem = lambda number, reason: typer.echo(
                     f"line {number}: {_one_line(reason)}", err=True
@@ -373,7 +372,7 @@ def _fields(meta: CheckpointMeta) -> dict[str, Any]:
 @asynccontextmanager
 async def _looking(url: str) -> AsyncIterator[Persistence]:
     """Open a store that is there."""
-    async with create_persistence(await _keyed(_existing(url))) as p:
+    async with create_persistence(await keyed(_existing(url))) as p:
         yield p
 
 
@@ -514,7 +513,7 @@ async def _demo(url: str) -> None:
     lines = (await asyncio.to_thread(source.read_bytes)).splitlines(keepends=True)
     conversations = {one.record.session_id: one for one in map(read_conversation, lines)}
     total = sum(len(one.messages) for one in conversations.values())
-    async with create_persistence(url) as p:
+    async with create_persistence(await keyed(url)) as p:
         for session_id in conversations:
             if await p.sessions.session_exists(session_id) or await p.sessions.count_messages(session_id):
                 _fail(f"the store has a session {session_id!r} already: give the URL of another one", 2)
@@ -525,7 +524,7 @@ async def _demo(url: str) -> None:
     reported = sum(acknowledged.values())
     typer.echo(f"Killed it with SIGKILL when it had reported {reported} messages as stored")
 
-    async with create_persistence(url) as p:
+    async with create_persistence(await keyed(url)) as p:
         stored = {id: await p.sessions.get_messages(id) for id in conversations}
         _fail_for(find_fault(conversations, stored, acknowledged))
         found = sum(map(len, stored.values()))
@@ -632,25 +631,6 @@ def _existing(url: str) -> str:
     if scheme.lower() not in ("sqlite", "file") or re.search(r"[?&]create=", rest):
         return url
     return f"{url}{'&' if '?' in rest else '?'}create=false"
-
-
-async def _keyed(url: str) -> Driver | str:
-    """Return what to open: the store itself, or where keys are given what it holds encrypted."""
-    keys = os.environ.get("PERSISTENCE_KEYS")
-    if not keys:
-        return url
-    try:
-        decoded = [base64.b64decode(key, validate=True) for key in keys.split(",")]
-    except ValueError:
-        message = "PERSISTENCE_KEYS: write keys of 32 bytes in base64, separated by commas"
-        raise ConfigurationError(message) from None
-
-    def make() -> Driver:
-        from persistence.encryption import encrypted
-
-        return encrypted(url, *decoded)
-
-    return await asyncio.to_thread(make)  # importing reads the disk
 
 
 # ---- printing

@@ -18,7 +18,7 @@ from persistence.ids import Clock, IdFactory, now_ms
 from persistence.options import masked_url
 from persistence.repair import Repair, RepairReport
 from persistence.repositories import Containers, Images, LLMProviders, Prototypes, Sessions
-from persistence.store import Store
+from persistence.store import ENCRYPTED, SEAL, Store
 from persistence.streams import Streams
 
 __all__ = ["Persistence", "create_persistence", "driver_from_url"]
@@ -143,6 +143,14 @@ class _Opening:
             driver = await asyncio.to_thread(driver_from_url, driver)
         persistence = Persistence(checked_driver(driver), clock=self._clock)
         await persistence._coalescer.open()
+        try:
+            [seal] = await persistence._coalescer.get([SEAL])
+            if seal is not None and seal.value.startswith(ENCRYPTED):
+                message = f"{driver!r} is encrypted: use persistence.encryption, or PERSISTENCE_KEYS"
+                raise ConfigurationError(message)
+        except BaseException:
+            await persistence.close()
+            raise
         return persistence
 
 

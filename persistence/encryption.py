@@ -10,6 +10,9 @@ Stored: one byte 1, four bytes that tell the key (the beginning of its
 SHA-256), the nonce, the ciphertext with its tag. With random nonces one key is
 good for about 2**32 values (NIST SP 800-38D, 8.3): rotate it before that.
 
+A store is encrypted from its beginning or not at all: one entry, the *seal*,
+tells who opens it with other keys, or with none, before anything is written.
+
 The command reads keys, in base64 and separated by commas, from the environment
 variable PERSISTENCE_KEYS.
 """
@@ -22,10 +25,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from persistence.connect import checked_driver, driver_from_url
-from persistence.driver import Driver, Entry, Key, Op, Page, Put, Write
+from persistence.driver import ABSENT, Driver, Entry, Key, Op, Page, Put, Write
 from persistence.errors import ConfigurationError, CorruptRecordError
+from persistence.ids import random_version
 from persistence.options import missing_client
-from persistence.store import ENCRYPTED
+from persistence.store import ENCRYPTED, SEAL
 
 try:
     from cryptography.exceptions import InvalidTag
@@ -64,6 +68,27 @@ class EncryptedDriver:
 
     async def open(self) -> None:
         await self._driver.open()
+        try:
+            await self._check_keys()
+        except BaseException:
+            await self._driver.close()
+            raise
+
+    async def _check_keys(self) -> None:
+        """Refuse a store that was begun with other keys, or with none; an empty one becomes ours."""
+        name = self._head[1:].hex().encode()
+        try:
+            [found] = await self.get([SEAL])
+            if found is None and (await self._driver.partitions(None, 1))[0]:
+                message = f"{self._driver!r} holds values that are not encrypted: begin with an empty store"
+                raise ConfigurationError(message)
+            if found is None or found.value != name:  # new, or the keys are being rotated
+                expect = ABSENT if found is None else found.version
+                await self.commit([Write(SEAL.partition, (Put(SEAL.key, name, expect),), random_version())])
+                await self.get([SEAL])  # somebody may have been faster, with a key of his own
+        except CorruptRecordError as error:
+            message = f"{self._driver!r} is encrypted, and with none of the keys given"
+            raise ConfigurationError(message) from error
 
     async def close(self) -> None:
         await self._driver.close()
@@ -93,7 +118,8 @@ class EncryptedDriver:
         await self._driver.purge(partition, start, end)
 
     async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
-        return await self._driver.partitions(cursor, limit)
+        names, cursor = await self._driver.partitions(cursor, limit)
+        return [name for name in names if name != SEAL.partition], cursor
 
     def _encrypted(self, partition: str, op: Op) -> Op:
         if not isinstance(op, Put):

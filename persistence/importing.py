@@ -13,7 +13,9 @@ when the store has acknowledged it: the process that ``persistence demo`` kills.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import os
 import sys
 import threading
 from collections.abc import AsyncIterable, Callable
@@ -26,7 +28,9 @@ from typing import Any, BinaryIO, Final, NamedTuple, Self
 from persistence.coalescer import Room, backoff
 from persistence.codec import encode
 from persistence.connect import Persistence, create_persistence
+from persistence.driver import Driver
 from persistence.errors import (
+    ConfigurationError,
     ConflictError,
     CorruptRecordError,
     InvalidKeyError,
@@ -36,7 +40,7 @@ from persistence.errors import (
 )
 from persistence.records import ContainerRecord, ImageRecord, SessionRecord
 
-__all__ = ["Conversation", "Importer", "LineError", "Lines", "read_conversation", "standard_input"]
+__all__ = ["Conversation", "Importer", "LineError", "Lines", "keyed", "read_conversation", "standard_input"]
 
 _AT_ONCE: Final = 16  # conversations
 _HELD_BYTES: Final = 64 << 20  # of lines; one more may be begun below that
@@ -67,7 +71,7 @@ def read_conversation(
     Raises `LineError` if anything in it could not be stored.
     """
     try:
-        given = json.loads(line)
+        given = json.loads(line.decode("utf-8-sig"))  # of bytes, json guesses: UTF-16 as well, and wrongly
     except json.JSONDecodeError as error:
         message = f"no JSON: {error.msg} at column {error.colno}"
         raise LineError(message) from error
@@ -321,12 +325,31 @@ def _read(source: BinaryIO, wanted: SimpleQueue[asyncio.Future[bytes] | None]) -
                 future.get_loop().call_soon_threadsafe(settle, future, line, error)
 
 
+async def keyed(url: str) -> Driver | str:
+    """Return what to open: the store itself, or where keys are given what it holds encrypted."""
+    keys = os.environ.get("PERSISTENCE_KEYS")
+    if not keys:
+        return url
+    try:
+        decoded = [base64.b64decode(key, validate=True) for key in keys.split(",")]
+    except ValueError:
+        message = "PERSISTENCE_KEYS: write keys of 32 bytes in base64, separated by commas"
+        raise ConfigurationError(message) from None
+
+    def make() -> Driver:
+        from persistence.encryption import encrypted
+
+        return encrypted(url, *decoded)
+
+    return await asyncio.to_thread(make)  # importing reads the disk
+
+
 async def _acknowledge() -> None:
     def stored(session_id: str, count: int) -> None:
         print(json.dumps([session_id, count]), flush=True)
 
     with closing(Lines(standard_input())) as lines:
-        async with create_persistence() as p:
+        async with create_persistence(await keyed(os.environ["PERSISTENCE_URL"])) as p:
             await Importer(p, batch=1, on_stored=stored).run(lines)
 
 

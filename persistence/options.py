@@ -18,6 +18,8 @@ __all__ = [
     "check_files",
     "check_identifier",
     "check_namespace",
+    "check_pool_size",
+    "check_seconds",
     "flag",
     "masked_url",
     "missing_client",
@@ -56,6 +58,20 @@ def check_identifier(name: str, option: str) -> str:
         message = f"{option}={name!r}: use a letter or '_', then up to 62 letters, digits or '_'"
         raise ConfigurationError(message)
     return name
+
+
+def check_pool_size(pool_size: int) -> None:
+    """Raise `ConfigurationError` unless `pool_size` is a whole number from 1 on."""
+    if not isinstance(pool_size, int) or pool_size < 1:
+        message = f"pool_size={pool_size!r}: use a whole number from 1 on"
+        raise ConfigurationError(message)
+
+
+def check_seconds(option: str, seconds: float, least: float = 0.001) -> None:
+    """Raise `ConfigurationError` that names `option` unless `seconds` is from `least` to 86,400."""
+    if not isinstance(seconds, int | float) or not least <= seconds <= 86_400:
+        message = f"{option}={seconds!r}: use {least} to 86400 seconds"
+        raise ConfigurationError(message)
 
 
 def missing_client(driver: str, module: str) -> ConfigurationError:
@@ -112,7 +128,7 @@ class SplitURL(NamedTuple):
     @property
     def path(self) -> str:
         """The path, percent-decoded, without the slash that ends the authority."""
-        return unquote(self.parts.path[1:])
+        return unquote(self.parts.path[1:], errors="strict")
 
 
 def take_apart(url: str) -> SplitResult:

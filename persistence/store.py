@@ -32,6 +32,7 @@ __all__ = [
     "ENCRYPTED",
     "FORMAT",
     "MAX_BYTES",
+    "SEAL",
     "Body",
     "Chunks",
     "MissingChunkError",
@@ -44,6 +45,9 @@ FORMAT: Final = 1
 
 ENCRYPTED: Final = b"\x01"
 """What an encrypted value begins with; no JSON does."""
+
+SEAL: Final = Key("encryption", "seal")
+"""Where an encrypted store has a value that its keys alone open (`persistence.encryption`)."""
 
 MAX_BYTES: Final = 100_000_000
 """The longest value, in bytes of JSON."""

@@ -689,3 +689,27 @@ def test_the_version_is_that_of_the_package() -> None:
     from persistence import __version__
 
     assert run("--version").stdout == f"agent-persistence {__version__}\n"
+
+
+def test_a_file_that_is_no_utf8_is_refused_line_by_line(tmp_path: Path) -> None:
+    line = json.dumps(
+        {"session_id": "s", "messages": [{"role": "user", "content": "это мир 日本 ok"}]}, ensure_ascii=False
+    )
+    (tmp_path / "f.jsonl").write_bytes(f"{line}\n{line}\n".encode("utf-16"))  # as PowerShell's > writes it
+    result = run("import", str(tmp_path / "f.jsonl"), "--to", f"sqlite:///{tmp_path}/a.db")
+    assert "sessions added" not in result.output
+    assert result.exit_code == 1
+
+
+def test_the_demo_encrypts_where_there_are_keys(tmp_path: Path) -> None:
+    url, key = f"sqlite:///{tmp_path}/a.db", base64.b64encode(b"k" * 32).decode()
+    assert run("demo", "--to", url, PERSISTENCE_KEYS=key).exit_code == 0
+    assert b"role" not in (tmp_path / "a.db").read_bytes()
+    assert run("sessions", url, PERSISTENCE_KEYS=key).exit_code == 0
+
+
+def test_closed_output_is_no_error(tmp_path: Path) -> None:
+    for json_ in ((), ("--json",)):
+        command = [sys.executable, "-m", "persistence", "sessions", "memory://", *json_]
+        done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,10 @@ from persistence import (
     ConfigurationError,
     CorruptRecordError,
     LLMProviderRecord,
+    SessionRecord,
     create_persistence,
     memory_driver,
+    sqlite_driver,
 )
 from persistence.driver import Key, Put, Write
 from persistence.encryption import EncryptedDriver, encrypted
@@ -84,3 +87,26 @@ def test_a_bad_key_is_refused_and_not_shown(keys: tuple[bytes, ...]) -> None:
     with pytest.raises(ConfigurationError) as caught:
         encrypted(memory_driver(), *keys)
     assert "short" not in str(caught.value)
+
+
+async def test_a_process_with_another_key_or_none_writes_nothing(tmp_path: Path) -> None:
+    path, key = tmp_path / "store.db", b"k" * 32
+    async with create_persistence(encrypted(sqlite_driver(path), key)) as p:
+        await p.sessions.save_session(SessionRecord(session_id="s", image_id="i", container_id="c"))
+    with pytest.raises(ConfigurationError, match="none of the keys"):
+        await create_persistence(encrypted(sqlite_driver(path), b"x" * 32))
+    with pytest.raises(ConfigurationError, match="is encrypted"):
+        await create_persistence(sqlite_driver(path))
+    for keys in ([b"n" * 32, key], [b"n" * 32]):  # rotated
+        async with create_persistence(encrypted(sqlite_driver(path), *keys)) as p:
+            await p.sessions.save_session(SessionRecord(session_id="s", image_id="i", container_id="c"))
+
+
+async def test_keys_do_not_encrypt_a_store_that_was_begun_without(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    async with create_persistence(sqlite_driver(path)) as p:
+        await p.sessions.add_message("s", {"role": "user"})
+    with pytest.raises(ConfigurationError, match="not encrypted"):
+        await create_persistence(encrypted(sqlite_driver(path), b"k" * 32))
+    async with create_persistence(sqlite_driver(path)) as p:
+        assert await p.sessions.get_messages("s") == [{"role": "user"}]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from persistence import ConfigurationError, create_persistence
+from persistence.connect import driver_from_url
 from persistence.drivers import mongodb_driver, mysql_driver, postgresql_driver, redis_driver
 from persistence.options import (
     check_durability,
@@ -103,3 +104,16 @@ def test_the_rest_passes_or_says_what_to_do() -> None:
     with pytest.raises(ConfigurationError, match="'power' or 'process'"):
         check_durability("none")
     assert "pip install 'agent-persistence[redis]'" in str(missing_client("redis", "redis"))
+
+
+@pytest.mark.parametrize("url", ["redis://h", "mongodb://h", "postgresql://h/d", "mysql://h/d"])
+@pytest.mark.parametrize("option", ["pool_size=0", "pool_size=-1", "timeout=0", "timeout=-1", "timeout=nan"])
+def test_a_number_that_cannot_work_is_refused_by_its_name(url: str, option: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{option.partition('=')[0]}="):
+        driver_from_url(f"{url}?{option}")
+
+
+@pytest.mark.parametrize("url", ["sqlite:///%ff.db", "file:///%ff"])
+def test_a_path_that_is_no_text_is_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="utf-8"):
+        driver_from_url(url)
