@@ -16,6 +16,8 @@ __all__ = ["Repository", "public", "public_change"]
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 T = TypeVar("T")
 
+_FOR_EVER = 1e9  # seconds: an event loop cannot count to every number
+
 
 class Repository:
     """Base of the objects whose methods users call."""
@@ -82,15 +84,15 @@ async def _within(timeout: float, work: Awaitable[T]) -> T:
     call = CALL.get() or Call()
     token = CALL.set(call)
     try:
-        async with asyncio.timeout(timeout) as limit:
+        async with asyncio.timeout(min(timeout, _FOR_EVER)) as limit:
             return await work
     except TimeoutError as error:
         if not limit.expired():
             raise
         if call.sent:
             message = f"no answer within {timeout} s: the change may have been made or not"
-            raise OutcomeUnknownError(message) from error
+            raise OutcomeUnknownError(message, stored=call.stored) from error
         message = f"no answer within {timeout} s; nothing was changed"
-        raise UnavailableError(message) from error
+        raise UnavailableError(message, stored=call.stored) from error
     finally:
         CALL.reset(token)

@@ -332,7 +332,9 @@ class Checkpoints(Repository):
         source = await self.threads.find(thread_id, checkpoint_id)
         if source is None:
             message = (
-                f"no checkpoint {checkpoint_id!r:.80}" if checkpoint_id else f"no thread {thread_id!r:.80}"
+                f"no thread {thread_id!r:.80}"
+                if checkpoint_id is None
+                else f"no checkpoint {checkpoint_id!r:.80}"
             )
             raise NotFoundError(message, partition=self.threads.partition(thread_id))
         new = New(
@@ -970,9 +972,10 @@ def _thread_meta(head: HeadBody) -> ThreadMeta:
 
 def _named_id(id: str) -> tuple[str, str] | None:
     """Return the two parts of the id of a named checkpoint: its own, and the thread's."""
+    if isinstance(id, str) and id[_UUID_CHARS : _UUID_CHARS + 1] == ":":
+        return id[:_UUID_CHARS], id[_UUID_CHARS + 1 :]  # whoever reads it checks both
     encode_id(id, "id")
-    own, colon, thread_id = id[:_UUID_CHARS], id[_UUID_CHARS : _UUID_CHARS + 1], id[_UUID_CHARS + 1 :]
-    return (own, thread_id) if colon == ":" else None
+    return None
 
 
 # ---- what callers give
@@ -1012,10 +1015,10 @@ def _labels(labels: Iterable[str]) -> builtins.list[str]:
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         message = f"labels={labels!r:.80}: use a list of texts"
         raise InvalidValueError(message)
-    found = list(dict.fromkeys(labels))
+    found = list(labels)
     for label in found:
         encode_id(label, "a label")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _metadata(metadata: Mapping[str, Any] | None) -> tuple[bytes, bool] | None:

@@ -98,10 +98,11 @@ if hasattr(os, "register_at_fork"):
 class Call:
     """What a public call needs to know when its time is up, or it fails after a change."""
 
-    __slots__ = ("changed", "sent")
+    __slots__ = ("changed", "sent", "stored")
 
     def __init__(self) -> None:
         self.changed = False  # True once a write of this call was applied, hints aside
+        self.stored: int | None = None  # of a list, how many items are known to be stored
         self.sent = False  # True once a write of this call may leave, whatever becomes of its caller
 
 

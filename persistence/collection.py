@@ -254,6 +254,7 @@ class Collection(Generic[R]):
         id: str,
         *,
         cascade: bool = False,
+        only: Callable[[R], bool] | None = None,
         bury: Callable[[Loaded[R], Put], Any] | None = None,
     ) -> Loaded[R] | None:
         """Replace a record by a tombstone; return what it was, None if there was nothing.
@@ -262,12 +263,14 @@ class Collection(Generic[R]):
         `repair` can go on after a crash. `bury` writes the given Put with
         whatever belongs to it and returns the version, `ABSENT` if refused, or
         None where there is nothing to delete; by default it is just put over a
-        record.
+        record. `only` says of which record it is to be done at all.
         """
         partition = self.kind.partition(id)
         tries = Tries(partition)
         while True:
             current = await self.load(id)
+            if only is not None and (current.record is None or not only(current.record)):
+                return None
             removals = await self._removals([] if current.record is None else self.kind.hints(current.record))
             tombstone = RecordBody(deleted=self.store.clock(), cascade=cascade)
             put = Put(RECORD, pack(tombstone), current.version)
@@ -321,6 +324,10 @@ class Collection(Generic[R]):
                 break
             start = after(page.entries[-1].key)
         return found
+
+    def listed_at(self, place: Place) -> Callable[[R], bool]:
+        """Return what tells whether a record belongs to the listing `place`."""
+        return lambda record: any(found[:2] == place[:2] for found in self.kind.places(record))
 
     async def count(self, place: Place) -> int:
         """Return how many records are listed at `place`. Reads all of them, a page at a time."""

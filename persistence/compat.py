@@ -215,14 +215,14 @@ class AgentCheckpointStorage:
         known = ("session_id", "agent_id", "agent_type", "before", "after", "order_by", "order_dir")
         filters, limit, offset = _options(options, known)
         if "order_by" in filters:
-            filters["order_by"] = _snake_name(filters["order_by"])
+            filters["order_by"] = _snake_name(str(filters["order_by"]))
         found = await self._checkpoints.list_checkpoints(**filters)
         return _paginated(found, limit, offset)
 
     async def store_app_checkpoint(self, data: Mapping[str, Any]) -> str:
         """Store a checkpoint of an application; return its new id."""
         given = _snake(data)
-        for later in ("project_directory", "workspace_directory"):
+        for later in ("project_directory", "projectDirectory", "workspace_directory", "workspaceDirectory"):
             if later in given and "working_directory" not in given:
                 given["working_directory"] = given.pop(later)
         return await self._checkpoints.store_app_checkpoint(given)
@@ -325,7 +325,11 @@ class Checkpointer:
 
     async def list(self, thread_id: str, options: Mapping[str, Any] | None = None) -> Listing[CheckpointMeta]:
         """Return what is known of the checkpoints, newest first; ``{"limit": …}`` at most so many."""
-        limit = (options or {}).get("limit")
+        options = {} if options is None else options
+        if not isinstance(options, Mapping) or not options.keys() <= {"limit"}:
+            message = f"options={options!r:.80}: only a limit can be given"
+            raise InvalidValueError(message)
+        limit = options.get("limit")
         if isinstance(limit, float):
             limit = int(limit // 1) if isfinite(limit) else 0 if limit < 0 else None
         return await self._checkpoints.list(thread_id, limit=limit)
@@ -417,11 +421,16 @@ def _snake(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         message = f"a checkpoint must be a mapping, not {type(data).__name__}"
         raise InvalidValueError(message)
-    return {snake if (snake := _snake_name(name)) in _KNOWN else name: value for name, value in data.items()}
+    return {
+        snake if (snake := _snake_name(str(name))) in _KNOWN else name: value for name, value in data.items()
+    }
 
 
 def _options(options: Mapping[str, Any], known: tuple[str, ...]) -> tuple[dict[str, Any], int, int]:
-    given = {_snake_name(name): value for name, value in options.items() if value is not None}
+    if not isinstance(options, Mapping):
+        message = f"options must be a mapping, not {type(options).__name__}"
+        raise InvalidValueError(message)
+    given = {_snake_name(str(name)): value for name, value in options.items() if value is not None}
     unknown = [name for name in given if name not in (*known, "limit", "offset")]
     if unknown:
         message = f"unknown options: {', '.join(unknown)}"

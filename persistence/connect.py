@@ -72,7 +72,7 @@ class Persistence(Repository):
         `tombstone_days`: how long a deleted id stays known as such, 1 or more.
         `progress` is called with the number of partitions looked at so far.
         """
-        if not tombstone_days >= 1:
+        if not isinstance(tombstone_days, int | float) or not tombstone_days >= 1:
             message = f"tombstone_days={tombstone_days!r}: use 1 or more"
             raise InvalidValueError(message)
         repair = Repair(

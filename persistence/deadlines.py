@@ -20,6 +20,7 @@ __all__ = ["Deadlines", "hour"]
 
 _DEADLINES = "index/deadlines"
 _PAGE = 500
+_HOUR_MS = 3_600_000
 
 
 class Deadlines:
@@ -40,19 +41,25 @@ class Deadlines:
         )
 
     async def sweep(self, kind: str, expire: Callable[[str], Awaitable[object]]) -> None:
-        """Call `expire` for each partition of a kind whose time may have come: it looks for itself."""
+        """Call `expire` for each partition of a kind whose time may have come: it looks for itself.
+
+        What it returns is true if the entry has done its duty. One that has not
+        is looked at again for an hour: the entry comes before the thing itself.
+        """
         coalescer, now = self._store.coalescer, self._store.clock()
         unreadable: CorruptRecordError | None = None
         async for found in self._hours(f"{hour(now) + 1:012d}"):
             name = f"{_DEADLINES}/{int(found.key)}"
             async for entries in coalescer.pages(name, "", f"{now + 1:015d}", limit=_PAGE):
                 for entry in entries:
-                    due = self._store.unpack(self._hints, name, entry).id
-                    if due.startswith(f"{kind}/"):
+                    hint = self._store.unpack(self._hints, name, entry)
+                    if hint.id.startswith(f"{kind}/"):
                         try:
-                            await expire(due)
+                            done = await expire(hint.id)
                         except CorruptRecordError as error:
                             unreadable = unreadable or error  # told once the others are gone
+                            continue
+                        if not done and hint.at > now - _HOUR_MS:
                             continue
                         await coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
             rest = await coalescer.scan(name, "", None, limit=1)
@@ -70,4 +77,4 @@ class Deadlines:
 
 def hour(at: int) -> int:
     """Return the number of the hour that a time is in."""
-    return at // 3_600_000
+    return at // _HOUR_MS

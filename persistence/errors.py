@@ -35,6 +35,11 @@ class PersistenceError(Exception):
     items, from the first on, are known to be stored.
     """
 
+    # Here too: a driver's own class may have an __init__ that does not call this one.
+    partition: str | None = None
+    key: str | None = None
+    stored: int | None = None
+
     def __init__(
         self,
         message: str,

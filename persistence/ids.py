@@ -69,7 +69,7 @@ def as_ms(value: Any, what: str) -> int:
             message = f"{what}={value!r}: say in which time zone, for instance datetime.now(UTC)"
             raise InvalidValueError(message)
         return (value - _EPOCH) // timedelta(milliseconds=1)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+    if type(value) is bool or not (isinstance(value, int) or (isinstance(value, float) and isfinite(value))):
         message = f"{what}={value!r:.80}: use Unix milliseconds, or a datetime"
         raise InvalidValueError(message)
     whole = int(value // 1)

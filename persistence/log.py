@@ -214,20 +214,22 @@ class Log:
         """
         coalescer = self._store.coalescer
         size = items[0].size if len(items) == 1 else sum(item.size for item in items)
-        if not coalescer.room.take_at_once(size):
-            await coalescer.room.take(size)
-        try:
-            append = _Append(coalescer.loop.create_future(), CALL.get(), items, size)
-            if once is not None:
-                append.once = self._once + once
-            append.expected_last = expected_last
-            while not (first := await self._enqueue(partition, append)):
-                for item in items:  # refused; what has no chunks has no value here either
-                    await self._store.refill(partition, item.body, item.value)
-                append = msgspec.structs.replace(append, future=coalescer.loop.create_future(), looked=False)
-            return first
-        finally:
-            coalescer.room.give(size)
+        append = _Append(coalescer.loop.create_future(), CALL.get(), items, size)
+        if once is not None:
+            append.once = self._once + once
+        append.expected_last = expected_last
+        while True:
+            if not coalescer.room.take_at_once(size):
+                await coalescer.room.take(size)
+            try:
+                first = await self._enqueue(partition, append)
+            finally:
+                coalescer.room.give(size)  # before the chunks ask for room
+            if first:
+                return first
+            for item in items:  # refused; what has no chunks has no value here either
+                await self._store.refill(partition, item.body, item.value)
+            append = msgspec.structs.replace(append, future=coalescer.loop.create_future(), looked=False)
 
     async def edit(
         self, partition: str, make: Callable[[Tail], Awaitable[tuple[Op, ...] | None]]
@@ -359,6 +361,8 @@ class Log:
                 if not batch and append.looked:
                     batch.append(queue.popleft())
                 return batch
+            if append.deadline is not None and not append.looked:
+                return batch  # refused before: what it did not know may be its `once`, not the end
             count = len(append.items) + (append.once is not None)
             if batch and (ops + count > APPEND_ENTRIES or size + append.size > APPEND_BYTES):
                 return batch

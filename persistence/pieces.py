@@ -34,10 +34,13 @@ from __future__ import annotations
 
 import copy
 import marshal
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from hashlib import blake2b
 from itertools import chain, groupby, repeat
 from math import isfinite
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -85,6 +88,7 @@ _GRAINS: Final = (
 _INLINE = 512  # of what is too little for a piece, this much stays in the skeleton
 _UPPER_LEVELS = 4  # dicts within dicts, this deep, are cut however small: they hold the lists that grow
 _UPPER_MEMBERS = 32  # unless they have many members, as records do that are kept by id
+_DEEPEST = 400  # nodes in nodes: a skeleton nests twice as deep, in a head that is to be readable anywhere
 _LONG_KEY = 128  # characters: longer ones are stored in pieces, not in the skeleton
 _INT64 = 1 << 63
 _MANY = 64  # numbers that are not looked at one by one
@@ -106,11 +110,19 @@ class Node:
     node (of a dict, with its key).
     """
 
-    __slots__ = ("kind", "parts")
+    __slots__ = ("depth", "kind", "parts")
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.depth = 1
         self.parts: list[int | Raw | tuple[Any, Node]] = []
+
+    def add(self, key: Any, child: Node) -> None:
+        """Add a node as a part."""
+        self.parts.append((key, child))
+        self.depth = max(self.depth, child.depth + 1)
+        if self.depth > _DEEPEST:
+            raise RecursionError
 
     def pieces(self) -> list[int]:
         """Return the indexes of its own pieces, in order."""
@@ -272,6 +284,8 @@ class _Cutter:
                 return self._items("t", value, list(value), limit)
             case set():
                 return self._items("s", value, list(value), limit)
+            case Decimal():
+                return len(value.as_tuple().digits) + 64
         return 64
 
     def _members(self, value: dict[Any, Any], limit: int, levels: int) -> int | Node:
@@ -410,7 +424,7 @@ class _Cutter:
                     self.learnt[run] = Remembered(weight, self.texts[-1], self.digests[-1])
             if last == at:
                 self._add(1)
-                node.parts.append((None, sizes[at]))  # type: ignore[arg-type]  # a Node
+                node.add(None, sizes[at])  # type: ignore[arg-type]  # a Node
             first, weight, exotic = at + 1, 0, False
         if first < len(items):
             self._store(node, items[first:], weight, exotic)
@@ -431,7 +445,7 @@ class _Cutter:
                 # Encoded for the sake of the check: half a surrogate pair.
                 text = str.__str__(key)  # a subclass may show itself otherwise
                 self._add(len(self._encoded(text, exotic_item)[0]) + 2)
-                node.parts.append((text, size))
+                node.add(text, size)
                 continue
             batch[key] = item
             weight += size + len(key) + 4
@@ -699,5 +713,6 @@ def count(spans: Iterable[Span]) -> int:
 
 
 def covered(number: int, spans: Sequence[Span]) -> bool:
-    """Tell whether `number` is in `spans`."""
-    return any(first <= number <= last for first, last in spans)
+    """Tell whether `number` is in `spans` (sorted and apart)."""
+    at = bisect_left(spans, number, key=itemgetter(1))
+    return at < len(spans) and spans[at][0] <= number

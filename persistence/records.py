@@ -53,7 +53,8 @@ class Record(msgspec.Struct, kw_only=True, eq=False, forbid_unknown_fields=True)
         known = {name: value for name, value in fields.items() if name in stored}
         try:
             record = msgspec.convert(known, cls)
-        except msgspec.ValidationError as error:
+        # The last two: half a surrogate pair where a number is wanted; something unlike a mapping.
+        except (msgspec.ValidationError, UnicodeError, AttributeError) as error:
             message = f"{cls.__name__}: {error}"
             raise InvalidValueError(message) from error
         record.extra = {name: value for name, value in fields.items() if name not in known}
@@ -61,6 +62,9 @@ class Record(msgspec.Struct, kw_only=True, eq=False, forbid_unknown_fields=True)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the fields to store, those of `extra` included, those that are None left out."""
+        if not isinstance(self.extra, Mapping):
+            message = f"{type(self).__name__}: extra must be a mapping, not {type(self.extra).__name__}"
+            raise InvalidValueError(message)
         fields = {name: getattr(self, name) for name in self._stored_fields()}
         return {**self.extra, **{name: value for name, value in fields.items() if value is not None}}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ HINT_AGE_MS: Final = 3_600_000
 
 _AT_ONCE = 64
 _PAGE = 256
+_LONG = 10**9  # days
 _NAMED = 1_000  # orphans and corrupt records named in a report; all are counted
 
 
@@ -99,7 +101,7 @@ class Repair:
         self.report = RepairReport()
         self._progress = progress
         self._now = store.clock()
-        self._tombstones_before = self._now - int(tombstone_days * DAY_MS)
+        self._tombstones_before = self._now - int(min(tombstone_days, _LONG) * DAY_MS)
         self._containers = containers
         self._images = images
         self._sessions = sessions
@@ -128,7 +130,16 @@ class Repair:
             if self._progress is not None:
                 self._progress(self.report.partitions)
             if cursor is None:
-                return self.report
+                break
+        if not self.dry_run:  # the deadlines of what has gone
+            for sweep in (
+                self._sessions.sweep,
+                self._checkpoints.threads.delete_all_expired,
+                self._streams.sweep,
+            ):
+                with suppress(CorruptRecordError):  # named above
+                    await sweep()
+        return self.report
 
     async def _visit(self, partition: str) -> None:
         kind = partition.partition("/")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as AbstractCollection
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import msgspec
 
 from persistence.calls import Repository, public, public_change
-from persistence.coalescer import Tries
+from persistence.coalescer import CALL, Tries
 from persistence.collection import Collection, HintBody, Kind, Listing, Loaded, Place
 from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, Delete, Entry, Key, Op, Put
@@ -253,14 +254,7 @@ class Sessions(Repository):
     @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> Deleted:
         """Delete the sessions whose time has come, with their messages; return what that removed."""
-        removed = Deleted()
-
-        async def expire(partition: str) -> None:
-            nonlocal removed
-            removed += await self.expire(partition)
-
-        await self._deadlines.sweep(SESSIONS.name, expire)
-        return removed
+        return await self.sweep()
 
     @public_change
     async def fork_session(
@@ -326,15 +320,23 @@ class Sessions(Repository):
         partition = SESSIONS.partition(session_id)
         once = None if idempotency_key is None else encode_id(idempotency_key, "idempotency_key")
         expected = _number(expected_last)
+        if not isinstance(messages, Iterable):
+            text = f"messages must be a list of mappings, not {type(messages).__name__}"
+            raise InvalidValueError(text, partition=partition)
         numbers: list[int] = []
         batch: list[Item] = []
         batches = size = 0
+        call = CALL.get()
+        if call is not None:
+            call.stored = 0
 
         async def flush() -> None:
             nonlocal batch, batches, expected, size
             part = once if once is None or not batches else f"{once}/{batches}"
             first = await self.log.append(partition, batch, once=part, expected_last=expected)
             numbers.extend(range(first, first + len(batch)))
+            if call is not None:
+                call.stored = len(numbers)
             if expected is not None:
                 expected = numbers[-1]
             batch, size = [], 0
@@ -445,22 +447,36 @@ class Sessions(Repository):
             record,
             expected_version=expected_version,
             revive=revive,
-            expire=partial(self._delete, only_expired=True),
+            expire=partial(self._delete, only=self.records.expired),
         )
+
+    async def sweep(self) -> Deleted:
+        """Do what `delete_expired` does."""
+        removed = Deleted()
+
+        async def expire(partition: str) -> Deleted:
+            nonlocal removed
+            gone = await self.expire(partition)
+            removed += gone
+            return gone
+
+        await self._deadlines.sweep(SESSIONS.name, expire)
+        return removed
 
     async def expire(self, partition: str) -> Deleted:
         """Delete the session of `partition` if its time has come; return what that removed."""
         record = (await self.records.load_partition(partition)).record
-        return Deleted() if record is None else await self._delete(record.session_id, only_expired=True)
+        if record is None:
+            return Deleted()
+        return await self._delete(record.session_id, only=self.records.expired)
 
-    async def _delete(self, session_id: str, *, only_expired: bool = False) -> Deleted:
+    async def _delete(
+        self, session_id: str, *, only: Callable[[SessionRecord], bool] | None = None
+    ) -> Deleted:
         partition = SESSIONS.partition(session_id)
         removed = 0
 
         async def bury(current: Loaded[SessionRecord], put: Put) -> int | None:
-            if only_expired and (current.record is None or not self.records.expired(current.record)):
-                return None
-
             async def make(tail: Tail) -> tuple[Op, ...] | None:
                 nonlocal removed
                 if current.record is None and (tail.deleted or not tail.number):
@@ -470,7 +486,7 @@ class Sessions(Repository):
 
             return await self.log.edit(partition, make)
 
-        deleted = await self.records.delete(session_id, bury=bury)
+        deleted = await self.records.delete(session_id, only=only, bury=bury)
         if deleted is None:
             return Deleted()
         await self.log.empty(partition, await self.log.hidden(partition))
@@ -512,13 +528,20 @@ class Sessions(Repository):
             raise ConflictError(message, partition=partition)
         origin = SESSIONS.partition(session_id)
         begun = await self.log.tail(origin)
+        if begun.deleted:
+            message = f"session {session_id!r:.80} was deleted"
+            raise NotFoundError(message, partition=origin)
         last = begun.number if through is None else min(_number(through) or 0, begun.number)
         above = copied = 0
-        while page := await self.log.read(origin, above=above, below=last + 1, limit=_PAGE):
+        while above < last:
+            page = await self.log.read(origin, above=above, below=last + 1, limit=_PAGE)
             if (await self.log.tail(origin)).marker != begun.marker:
-                await self._delete(new_id)
+                if copied:  # else what is there is not ours
+                    await self._delete(new_id)
                 message = f"session {session_id!r} was truncated while it was copied: fork it again"
                 raise ConflictError(message, partition=origin)
+            if not page:
+                break
             for batch in _batches([await self._item(partition, item.value, item.at) for item in page]):
                 await self.log.append(partition, batch, expected_last=copied)
                 copied += len(batch)
@@ -652,6 +675,13 @@ class Images(Repository):
         Concurrent calls lose nothing of each other. Raises `NotFoundError` if there is no such image.
         """
 
+        if not isinstance(metadata, Mapping):
+            message = f"metadata must be a mapping, not {type(metadata).__name__}"
+            raise InvalidValueError(message)
+        if isinstance(remove, str) or not isinstance(remove, AbstractCollection):
+            message = f"remove={remove!r:.80}: use a list of keys"
+            raise InvalidValueError(message)
+
         def change(record: ImageRecord) -> None:
             kept = {key: value for key, value in (record.metadata or {}).items() if key not in remove}
             record.metadata = {**kept, **metadata}
@@ -694,7 +724,8 @@ class Images(Repository):
         if await self._sessions.records.exists(source.session_id):
             await self._sessions._fork(source.session_id, session_id, through, fork_id, source.container_id)
         else:
-            await self._sessions._copy(source.session_id, session_id, through)
+            with suppress(NotFoundError):  # deleted: there is nothing to copy
+                await self._sessions._copy(source.session_id, session_id, through)
         fields = source.to_mapping() | {
             "image_id": fork_id,
             "session_id": session_id,
@@ -706,16 +737,20 @@ class Images(Repository):
         fork.version = await self.records.save(fork, expected_version=ABSENT)
         return fork
 
-    async def _delete(self, image_id: str, *, cascade: bool) -> Deleted:
+    async def _delete(
+        self, image_id: str, *, cascade: bool, only: Callable[[ImageRecord], bool] | None = None
+    ) -> Deleted:
         children = self.delete_children if cascade else None
-        return await _delete_with(children, self.records, image_id, Deleted(images=1))
+        return await _delete_with(children, self.records, image_id, Deleted(images=1), only)
 
     async def delete_children(self, partition: str) -> Deleted:
         """Delete the sessions of the image of `partition` until none is left."""
         removed = Deleted()
-        while page := await self._sessions.records.page(Place(partition, "session/"), limit=_PAGE):
+        place = Place(partition, "session/")
+        listed = self._sessions.records.listed_at(place)  # one that was moved meanwhile stays
+        while page := await self._sessions.records.page(place, limit=_PAGE):
             for session in page:
-                removed += await self._sessions._delete(session.session_id)
+                removed += await self._sessions._delete(session.session_id, only=listed)
         return removed
 
 
@@ -773,8 +808,10 @@ class Prototypes(Repository):
         """Delete a prototype; return what that removed."""
         return await self._delete(prototype_id)
 
-    async def _delete(self, prototype_id: str) -> Deleted:
-        deleted = await self.records.delete(prototype_id)
+    async def _delete(
+        self, prototype_id: str, *, only: Callable[[PrototypeRecord], bool] | None = None
+    ) -> Deleted:
+        deleted = await self.records.delete(prototype_id, only=only)
         return Deleted(prototypes=int(deleted is not None))
 
 
@@ -840,6 +877,7 @@ class LLMProviders(Repository):
         self, container_id: str, *, timeout: float | None = None
     ) -> LLMProviderRecord | None:
         """Return the default provider of a container, None if it has none."""
+        encode_id(container_id, "container_id")  # told before it is looked up
         (id,) = (await self._defaults([container_id])).values()
         found = None if id is None else await self.records.find(id)
         if found is None or found.container_id != container_id:
@@ -866,12 +904,25 @@ class LLMProviders(Repository):
         """Delete a provider; return what that removed."""
         return await self._delete(id)
 
-    async def _delete(self, id: str) -> Deleted:
-        deleted = await self.records.delete(id)
-        if deleted is None or deleted.record is None:
+    async def _delete(self, id: str, *, only: Callable[[LLMProviderRecord], bool] | None = None) -> Deleted:
+        # Read before the record goes, as hints are: who saves it again chooses anew, and that stays.
+        found = await self.records.find(id)
+        chosen = None if found is None else await self._chosen(found.container_id, id)
+        deleted = await self.records.delete(id, only=only)
+        if deleted is None:
             return Deleted()
-        await self._set_default(deleted.record.container_id, id, False)
+        if chosen is not None:
+            key, version = chosen
+            await self._store.coalescer.write(key.partition, [Delete(key.key, version)], hint=True)
         return Deleted(llm_providers=1)
+
+    async def _chosen(self, container_id: str, id: str) -> tuple[Key, int] | None:
+        """Return the entry that makes `id` the default of a container, and its version."""
+        key = _default_key(container_id)
+        (entry,) = await self._store.coalescer.get([key])
+        if entry is None or self._pointer(key, entry).id != id:
+            return None
+        return key, entry.version
 
     async def _marked(self, records: Sequence[LLMProviderRecord | None]) -> list[LLMProviderRecord]:
         found = [record for record in records if record is not None]
@@ -980,22 +1031,21 @@ class Containers(Repository):
         return await _delete_with(children, self.records, container_id, Deleted(containers=1))
 
     async def delete_children(self, partition: str) -> Deleted:
-        """Delete what is in the container of `partition` until nothing is left."""
+        """Delete what is in the container of `partition` until nothing is left; what is moved away stays."""
         removed = Deleted()
-        while images := await self._images.records.page(Place(partition, "image/"), limit=_PAGE):
-            for image in images:
-                removed += await self._images._delete(image.image_id, cascade=True)
-        while sessions := await self._sessions.records.page(Place(partition, "session/"), limit=_PAGE):
-            for session in sessions:
-                removed += await self._sessions._delete(session.session_id)
-        while prototypes := await self._prototypes.records.page(Place(partition, "prototype/"), limit=_PAGE):
-            for prototype in prototypes:
-                removed += await self._prototypes._delete(prototype.prototype_id)
-        while providers := await self._llm_providers.records.page(
-            Place(partition, "llm-provider/"), limit=_PAGE
-        ):
-            for provider in providers:
-                removed += await self._llm_providers._delete(provider.id)
+        children: list[tuple[str, Any, Callable[..., Awaitable[Deleted]]]] = [
+            ("image/", self._images, partial(self._images._delete, cascade=True)),
+            ("session/", self._sessions, self._sessions._delete),
+            ("prototype/", self._prototypes, self._prototypes._delete),
+            ("llm-provider/", self._llm_providers, self._llm_providers._delete),
+        ]
+        for prefix, repository, delete in children:
+            records: Collection[Any] = repository.records
+            place = Place(partition, prefix)
+            listed = records.listed_at(place)
+            while page := await records.page(place, limit=_PAGE):
+                for record in page:
+                    removed += await delete(records.kind.id_of(record), only=listed)
         return removed
 
 
@@ -1004,9 +1054,15 @@ async def _delete_with(
     records: Collection[Any],
     id: str,
     own: Deleted,
+    only: Callable[[Any], bool] | None = None,
 ) -> Deleted:
-    """Delete a record, which counts as `own`, and its children, even if it is not there (any more)."""
-    deleted = await records.delete(id, cascade=delete_children is not None)
+    """Delete a record, which counts as `own`, and its children, even if it is not there (any more).
+
+    With `only`: just if that is true of it.
+    """
+    deleted = await records.delete(id, cascade=delete_children is not None, only=only)
+    if deleted is None and only is not None:
+        return Deleted()
     removed = Deleted() if deleted is None else own
     if delete_children is not None:
         partition = records.kind.partition(id)

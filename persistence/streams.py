@@ -235,14 +235,7 @@ class Streams(Repository):
     @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> int:
         """Delete the streams whose time has come; return how many. Nobody sees them any more as it is."""
-        deleted = 0
-
-        async def expire(partition: str) -> None:
-            nonlocal deleted
-            deleted += await self._delete(partition, only_expired=True) is not None
-
-        await self._deadlines.sweep(_KIND, expire)
-        return deleted
+        return await self.sweep()
 
     @public
     async def acquire_continue_lock(
@@ -454,6 +447,20 @@ class Streams(Repository):
         raise CorruptRecordError(message, partition=partition, key=_part_key(end.life, index))
 
     # ---- removing
+
+    async def sweep(self) -> int:
+        """Do what `delete_expired` does."""
+        deleted = 0
+
+        async def expire(partition: str) -> bool:
+            nonlocal deleted
+            if await self._delete(partition, only_expired=True) is not None:
+                deleted += 1
+                return True
+            return self._alive(await self._look(partition)) is not None  # its new deadline is noted
+
+        await self._deadlines.sweep(_KIND, expire)
+        return deleted
 
     async def _delete(self, partition: str, *, only_expired: bool = False) -> _End | None:
         """End the present life; return what its end was, None if there is nothing to delete.

@@ -14,7 +14,7 @@ from persistence.keys import prefix_end
 from persistence.pieces import Span, count, runs, subtract, union
 from persistence.store import pack
 from persistence.thread_reader import HEAD, PAGE, PIECE, Found, HeadBody, checkpoint_key, number_of
-from persistence.threads import Threads
+from persistence.threads import RUNS_AT_ONCE, Threads
 
 __all__ = ["RepairedThread", "ThreadRepair"]
 
@@ -99,7 +99,7 @@ class ThreadRepair:
             await self._put_missing_hints(head.id, found, done)
         if any(one.spans is None for one in kept):
             return  # nobody knows what it needs
-        spare = subtract(there, held)
+        spare = subtract(there, held)[:RUNS_AT_ONCE]  # the next repair goes on
         wrong = len(found) != head.k
         done.pieces_removed = count(spare)
         if self._dry_run or not (spare or wrong):

@@ -58,13 +58,14 @@ from persistence.thread_reader import (
     piece_key,
 )
 
-__all__ = ["New", "Threads"]
+__all__ = ["RUNS_AT_ONCE", "New", "Threads"]
 
 _COPY_TRIES = 6
 _WRITE_PIECES = 500  # pieces that travel in the Write of their checkpoint
 _WRITE_BYTES = 3 << 20
 _LARGE_SKELETON = 1_500  # bytes
 _REMOVED_AT_ONCE = 200  # checkpoints, and as many pieces, that one Write removes
+RUNS_AT_ONCE = 20_000  # of numbers of pieces that go, noted in the head, which must stay a value
 
 
 class New(NamedTuple):
@@ -315,7 +316,8 @@ class Threads(ThreadReader):
         if count(gone) <= _REMOVED_AT_ONCE and kept:
             ops += [Delete(piece_key(number)) for first, last in gone for number in range(first, last + 1)]
         else:
-            after_put.dr = union([*after_put.dr, *gone])
+            # More would not fit into the head; `repair` removes the rest.
+            after_put.dr = union([*after_put.dr, *gone])[:RUNS_AT_ONCE]
         return _Change(after_put, ops, kept, [key for victim in victims for key in victim.hints])
 
     async def _give_up(self, partition: str, upload_id: str) -> None:
@@ -392,6 +394,7 @@ class Threads(ThreadReader):
         """
         partition = self.partition(thread_id)
         removed = pieces = 0
+        at_once = _REMOVED_AT_ONCE
         tries = Tries(partition)
         async with self._warm_of(partition).lock:
             while True:
@@ -407,7 +410,7 @@ class Threads(ThreadReader):
                 if not victims:
                     return removed, pieces
                 if not dry_run:
-                    victims = victims[:_REMOVED_AT_ONCE]
+                    victims = victims[:at_once]
                 ids = {one.id for one in victims}
                 kept = [one for one in found if one.id not in ids]
                 gone = _only(
@@ -416,6 +419,9 @@ class Threads(ThreadReader):
                 )
                 if dry_run:
                     return len(victims), count(gone)
+                if len(gone) > RUNS_AT_ONCE and len(victims) > 1:
+                    at_once = len(victims) // 2
+                    continue
                 latest = next((one.body for one in reversed(kept) if one.body is not None), None)
                 if head.l is not None and kept and kept[-1].id == head.l.id:
                     latest = head.l  # whole, whatever became of its own entry
@@ -630,7 +636,7 @@ class Threads(ThreadReader):
             open=head.open,
             i=head.i,
             fl=head.i,  # not `sw`: nobody may purge what is about to be put
-            p={upload_id: Upload(now, spans)},
+            p={upload_id: Upload(now, _given_out(head))},  # no others are there: few runs, however these lie
         )
         mark = Put(PENDING + upload_id, pack(Body()), ABSENT)
         expected = ABSENT if old is None else old.version
@@ -725,13 +731,16 @@ class Threads(ThreadReader):
         """Delete the threads whose time has come; return how many checkpoints that removed."""
         removed = 0
 
-        async def expire(partition: str) -> None:
+        async def expire(partition: str) -> bool:
             nonlocal removed
-            removed += await self.delete_expired(partition)
+            gone = await self.delete_expired(partition)
+            removed += gone
             (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
             head = None if entry is None else self.head(partition, entry)
-            if head is not None and head.e is not None:  # not yet: a put has renewed it, within the hour
-                await self.deadlines.put(partition, head.e)
+            if head is None or head.e is None:
+                return gone > 0
+            await self.deadlines.put(partition, head.e)  # not yet: a put has renewed it, within the hour
+            return True
 
         await self.deadlines.sweep(self.kind, expire)
         return removed
@@ -812,11 +821,6 @@ def _no_checkpoint(id: str, partition: str) -> NotFoundError:
 
 def _restarted(head: HeadBody, now: int) -> HeadBody:
     """Return the head of a thread that begins anew, or is deleted: nothing of it is left but its numbers."""
-    dead = [*head.dr]
-    if head.n:
-        dead.append((1, head.n))
-    if head.blocks:
-        dead.append((BLOCKS, BLOCKS + head.blocks * BLOCK - 1))
     return replace(
         head,
         at=now,
@@ -824,12 +828,18 @@ def _restarted(head: HeadBody, now: int) -> HeadBody:
         l=None,
         fl=head.i,
         sw=bool(head.i),
-        dr=union(dead),
+        dr=union([*head.dr, *_given_out(head)]),
         p={},
         open=[],
         e=None,
         gone=None,
     )
+
+
+def _given_out(head: HeadBody) -> list[Span]:
+    """Return all numbers that a head has given out."""
+    blocks = (BLOCKS, BLOCKS + head.blocks * BLOCK - 1)
+    return [span for span in ((1, head.n), blocks) if span[0] <= span[1]]
 
 
 def _only(victims: Iterable[Kept], kept: Sequence[Kept]) -> list[Span]:

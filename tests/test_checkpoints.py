@@ -946,6 +946,7 @@ async def test_a_cold_put_at_the_cap_takes_three_round_trips() -> None:
             await p.checkpoints.put("t", state(9 + i, i), max_checkpoints_per_thread=5)
     driver = RecordingDriver(memory)
     async with create_persistence(driver) as p:
+        driver.forget()
         await p.checkpoints.put("t", state(21, 12), max_checkpoints_per_thread=5)
         assert driver.calls == ["scan", "scan", "commit"]
         driver.forget()
@@ -963,6 +964,7 @@ async def test_who_has_read_the_latest_puts_the_next_in_one_round_trip() -> None
         await other.checkpoints.put("t", state(9))
         driver = RecordingDriver(memory)
         async with create_persistence(driver) as p:
+            driver.forget()
             assert await p.checkpoints.get("t") == state(9)
             await p.checkpoints.put("t", state(10))
             assert driver.calls == ["scan", "commit"]

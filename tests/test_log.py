@@ -45,6 +45,7 @@ def driver(memory: MemoryDriver) -> RecordingDriver:
 @pytest_asyncio.fixture
 async def p(driver: RecordingDriver) -> AsyncIterator[Persistence]:
     async with create_persistence(driver) as opened:
+        driver.forget()
         yield opened
     assert driver.broken == []
 

@@ -308,6 +308,8 @@ async def test_appends_take_one_round_trip_and_a_first_look_one_more() -> None:
     memory = MemoryDriver()
     writer, other = RecordingDriver(memory), RecordingDriver(memory)
     async with create_persistence(writer) as p, create_persistence(other) as q:
+        writer.forget()
+        other.forget()
         await fill(p, 10)
         assert writer.calls == ["commit"] * 10
         assert len(await q.streams.get_parts("s")) == 10

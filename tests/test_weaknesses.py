@@ -314,12 +314,13 @@ async def test_15_a_closed_object_says_so(p: Persistence) -> None:
 
 
 async def test_a_lost_store_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Lost(MemoryDriver):
-        async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
-            raise ConnectionResetError
+    async def lost(keys: Sequence[Key]) -> list[Entry | None]:
+        raise ConnectionResetError
 
     monkeypatch.setattr("persistence.coalescer.RETRY_SECONDS", 0.1)
-    async with create_persistence(Lost()) as p:
+    memory = MemoryDriver()
+    async with create_persistence(memory) as p:
+        monkeypatch.setattr(memory, "get", lost)
         with pytest.raises(UnavailableError):
             await p.images.find_image_by_id("i")
 

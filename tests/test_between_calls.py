@@ -1,0 +1,270 @@
+"""What another process does between two calls of the driver: nothing is lost, doubled, or waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persistence import (
+    ConflictError,
+    InvalidValueError,
+    NotFoundError,
+    OutcomeUnknownError,
+    Persistence,
+    PersistenceError,
+    create_persistence,
+)
+from persistence.drivers.memory import MemoryDriver
+
+SESSION = {"session_id": "s", "image_id": "i", "container_id": "c"}
+PROVIDER = {"id": "p", "container_id": "c", "name": "n", "vendor": "v", "protocol": "o", "api_key": "k"}
+
+
+class Between:
+    """A MemoryDriver that does something once, before (or after) the first call that `when` names."""
+
+    lanes = 1
+
+    def __init__(self, memory: MemoryDriver) -> None:
+        self.memory = memory
+        self.when: Callable[[str, Any], bool] = lambda name, first: False
+        self.do: Callable[[], Awaitable[Any]] | None = None
+        self.after = False
+        self.bytes = 0
+
+    async def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        do = self.do
+        if do is not None and self.when(name, args[0]):
+            self.do = None
+            if not self.after:
+                await do()
+            result = await getattr(self.memory, name)(*args, **kwargs)
+            if self.after:
+                await do()
+            return result
+        return await getattr(self.memory, name)(*args, **kwargs)
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    async def get(self, *args: Any) -> Any:
+        return await self._call("get", *args)
+
+    async def scan(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._call("scan", *args, **kwargs)
+
+    async def commit(self, writes: Any) -> Any:
+        self.bytes += sum(len(getattr(op, "value", b"")) for write in writes for op in write.ops)
+        await asyncio.sleep(0.001)
+        return await self._call("commit", writes)
+
+    async def purge(self, *args: Any) -> Any:
+        return await self._call("purge", *args)
+
+    async def partitions(self, *args: Any) -> Any:
+        return await self._call("partitions", *args)
+
+
+async def two() -> tuple[Between, Persistence, Persistence]:
+    memory = MemoryDriver()
+    between = Between(memory)
+    return between, await create_persistence(between), await create_persistence(memory)
+
+
+async def test_a_long_message_is_repeated_at_once() -> None:
+    between, p, _ = await two()
+    message = {"text": "x" * 4_000_000}
+    assert await p.sessions.add_message("s", message, idempotency_key="k") == 1
+    between.bytes = 0
+    assert await p.sessions.add_message("s", message, idempotency_key="k", timeout=3) == 1
+    assert between.bytes < 3 * 4_000_000
+
+
+async def test_a_long_message_takes_the_key_of_an_earlier_life(tmp_path: Path) -> None:
+    async with create_persistence(f"sqlite:///{tmp_path}/x.db") as p:
+        await p.sessions.save_session(SESSION)
+        await p.sessions.add_message("s", {"a": 1}, idempotency_key="k")
+        await p.sessions.delete_session("s")
+        await p.sessions.save_session(SESSION)
+        await p.sessions.count_messages("s")
+        assert await p.sessions.add_message("s", {"a": "x" * 1_200_000}, idempotency_key="k") == 4
+
+
+async def test_refused_long_values_leave_room_for_their_chunks() -> None:
+    memory = MemoryDriver()
+    a, b = await create_persistence(memory), await create_persistence(memory)
+    for p in (a, b):  # then a remembers ends that are none
+        for number in range(24):
+            await p.sessions.add_message(f"s{number}", {})
+    batch = [{"t": "x" * size} for size in (1_000_000, 1_000_000, 990_000, 1_200_000)]
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(a.sessions.add_messages(f"s{number}", batch) for number in range(24)))
+
+
+async def test_a_fork_of_a_session_that_is_cleared_meanwhile_is_no_half_one() -> None:
+    between, a, b = await two()
+    await b.sessions.save_session(SESSION)
+    await b.sessions.add_messages("s", [{"n": n} for n in range(1200)])
+    reads = 0
+
+    def second_page(name: str, first: Any) -> bool:
+        nonlocal reads
+        reads += name == "scan" and first == "session/s"
+        return reads == 5
+
+    between.when, between.do = second_page, lambda: b.sessions.clear_messages("s")
+    with pytest.raises(ConflictError):
+        await a.sessions.fork_session("s", new_session_id="f")
+    assert await b.sessions.get_messages("f") == []
+
+
+async def test_a_fork_of_a_session_that_is_deleted_meanwhile_is_no_empty_one() -> None:
+    between, a, b = await two()
+    await b.sessions.save_session(SESSION)
+    await b.sessions.add_message("s", {"n": 1})
+    between.when, between.do = lambda name, first: name == "scan", lambda: b.sessions.delete_session("s")
+    with pytest.raises(NotFoundError):
+        await a.sessions.fork_session("s", new_session_id="f")
+
+
+async def test_a_fork_that_fails_deletes_nobody_elses_session() -> None:
+    between, a, b = await two()
+    await b.sessions.save_session(SESSION)
+    await b.sessions.add_messages("s", [{"n": n} for n in range(9)])
+
+    async def meanwhile() -> None:
+        await b.sessions.truncate_after_message("s", seq=5)
+        await b.sessions.save_session(SESSION | {"session_id": "f"})
+        await b.sessions.add_message("f", {"precious": 1})
+
+    reads = 0
+
+    def first_page(name: str, first: Any) -> bool:
+        nonlocal reads
+        reads += name == "scan" and first == "session/s"
+        return reads == 2
+
+    between.when, between.do = first_page, meanwhile
+    with pytest.raises(ConflictError):
+        await a.sessions.fork_session("s", new_session_id="f")
+    assert await b.sessions.get_messages("f") == [{"precious": 1}]
+
+
+async def test_a_cascade_leaves_what_was_moved_out_of_its_reach() -> None:
+    between, a, b = await two()
+    for n in range(3):
+        image = {"image_id": f"i{n}", "container_id": "old", "session_id": "-", "name": "n", "created_at": n}
+        await b.images.save_image(image)
+        await b.sessions.save_session(
+            SESSION | {"session_id": f"s{n}", "container_id": "old", "created_at": n}
+        )
+        await b.sessions.add_message(f"s{n}", {"n": n})
+
+    async def move() -> None:
+        await b.images.save_image(image | {"image_id": "i0", "container_id": "new", "created_at": 0})
+        await b.sessions.save_session(SESSION | {"session_id": "s0", "container_id": "new", "created_at": 0})
+
+    between.do = move
+    between.when = lambda name, first: name == "commit" and any(w.partition == "image/i2" for w in first)
+    assert (await a.containers.delete_container("old")).sessions == 2
+    assert await b.images.image_exists("i0")
+    assert await b.sessions.get_messages("s0") == [{"n": 0}]
+
+
+async def test_a_slow_delete_takes_away_no_newer_default() -> None:
+    between, a, b = await two()
+
+    async def save() -> None:
+        await b.llm_providers.save_llm_provider(PROVIDER | {"is_default": True})
+
+    await save()
+    between.after, between.do = True, save
+    between.when = lambda name, first: (
+        name == "commit" and any(w.partition == "llm-provider/p" for w in first)
+    )
+    await a.llm_providers.delete_llm_provider("p")
+    found = await b.llm_providers.find_default_llm_provider("c")
+    assert found is not None
+    assert found.id == "p"
+
+
+async def test_a_time_out_says_how_many_messages_are_stored() -> None:
+    _, p, _ = await two()
+    real = p._driver.commit
+
+    async def slow(writes: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return await real(writes)
+
+    p._driver.commit = slow  # type: ignore[method-assign]
+    with pytest.raises(OutcomeUnknownError) as caught:
+        await p.sessions.add_messages("s", [{}] * 5000, timeout=0.25)
+    assert caught.value.stored == 1800
+
+
+async def test_a_sweep_leaves_the_deadline_of_who_is_still_saving() -> None:
+    now = 1_800_000_000_000
+    memory = MemoryDriver()
+    between = Between(memory)
+    a, b = (Persistence(driver, clock=lambda: now) for driver in (between, memory))
+    await b.sessions.save_session(SESSION)
+
+    async def sweep() -> None:
+        nonlocal now
+        now += 10
+        await b.sessions.delete_expired()
+
+    between.when, between.do = lambda name, first: name == "get", sweep
+    await a.sessions.set_expiry("s", now + 5)
+    now += 8 * 3_600_000
+    assert (await b.sessions.delete_expired()).sessions == 1
+
+
+async def test_repair_leaves_no_deadlines() -> None:
+    now = 1_800_000_000_000
+    memory = MemoryDriver()
+    p = Persistence(memory, clock=lambda: now)
+    await p.sessions.save_session(SESSION | {"expires_at": now + 5})
+    now += 86_400_000
+    await p.repair()
+    assert not [name for name in (await memory.partitions(None, 99))[0] if "deadlines" in name]
+
+
+@pytest.mark.parametrize("remove", ["model", 5, None])
+async def test_keys_to_remove_are_no_text(remove: Any) -> None:
+    _, p, _ = await two()
+    await p.images.save_image(
+        {"image_id": "i", "container_id": "c", "session_id": "s", "name": "n", "metadata": {"mode": 1}}
+    )
+    with pytest.raises(InvalidValueError):
+        await p.images.update_metadata("i", {}, remove=remove)
+
+
+async def test_a_drivers_own_kind_of_error_is_told() -> None:
+    class OwnError(PersistenceError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "own")
+
+    _, p, _ = await two()
+    await p.sessions.add_message("s", {})
+
+    async def fails(*args: Any, **kwargs: Any) -> Any:
+        raise OwnError
+
+    p._driver.get = p._driver.commit = fails  # type: ignore[method-assign]
+    with pytest.raises(OwnError):
+        async with asyncio.timeout(5):
+            await p.sessions.add_message("s", {})
+
+
+async def test_huge_numbers_are_typed_errors_or_for_ever() -> None:
+    _, p, _ = await two()
+    assert await p.sessions.count_messages("s", timeout=10**400) == 0
+    await p.repair(tombstone_days=float("inf"))
+    with pytest.raises(InvalidValueError):
+        await p.sessions.set_expiry("s", 10**400)
+    with pytest.raises(InvalidValueError):
+        await p.repair(tombstone_days="7")  # type: ignore[arg-type]
