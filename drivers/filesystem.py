@@ -35,14 +35,14 @@ import threading
 import time
 import zlib
 from base64 import b64decode, b64encode
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar, TypeVarTuple
+from typing import NamedTuple, TypeAlias, TypeVar, TypeVarTuple
 from urllib.parse import unquote
 
 import msgspec
@@ -82,9 +82,7 @@ class _Place(NamedTuple):
     coded: bool
 
 
-class _Change(NamedTuple):
-    puts: list[tuple[str, _Place]]
-    deletes: list[str]
+_Puts: TypeAlias = "list[tuple[str, _Place]]"
 
 
 class _Staged(NamedTuple):
@@ -92,7 +90,8 @@ class _Staged(NamedTuple):
 
     number: int
     log: _Log
-    change: _Change
+    puts: _Puts
+    deletes: list[str]
     size: int
 
 
@@ -127,8 +126,8 @@ class _Log:
     """
 
     __slots__ = (
-        *("counted", "end", "entries", "fd", "floor", "header", "key_bytes", "keys", "live", "lock"),
-        *("partition", "path", "settled", "used", "writing"),
+        *("counted", "end", "entries", "fd", "floor", "header", "key_bytes", "keys", "lock"),
+        *("partition", "path", "settled", "used", "value_bytes", "writing"),
     )
 
     def __init__(self, partition: str, path: Path) -> None:
@@ -145,7 +144,7 @@ class _Log:
         self.end = 0  # of the lines that are in the index
         self.entries: dict[str, _Place] = {}
         self.keys: SortedList[str] | None = None  # made by the first scan
-        self.key_bytes = self.live = 0
+        self.key_bytes = self.value_bytes = 0
         self.floor = _COMPACT_BYTES
         self.settled = False  # the folder was synced since this file came to be
         self.writing = False
@@ -192,7 +191,8 @@ class _Log:
             for number, line in enumerate(lines, 1):
                 try:
                     if self.end:
-                        self.apply(_change(_checked(line, _decode_line), self.end))
+                        change = _checked(line, _decode_line)
+                        self.apply(_places(change, self.end), change.delete)
                     else:
                         self.take_header(line)
                 except _BadLineError:
@@ -211,30 +211,30 @@ class _Log:
             raise CorruptRecordError(message, partition=self.partition)
         self.header = line
 
-    def apply(self, change: _Change) -> None:
-        for key in change.deletes:
+    def apply(self, puts: _Puts, deletes: list[str]) -> None:
+        for key in deletes:
             if (place := self.entries.pop(key, None)) is not None:
-                self.live -= place.length + len(key) + _LINE_BYTES
+                self.value_bytes -= place.length
                 self.key_bytes -= len(key)
                 if self.keys is not None:
                     self.keys.remove(key)
-        for key, place in change.puts:
-            old = self.entries.get(key)
+        for key, place in puts:
+            if (old := self.entries.get(key)) is not None:
+                self.value_bytes -= old.length
+            else:
+                self.key_bytes += len(key)
+                if self.keys is not None:
+                    self.keys.add(key)
+            self.value_bytes += place.length
             self.entries[key] = place
-            if old is not None:
-                self.live += place.length - old.length
-                continue
-            self.live += place.length + len(key) + _LINE_BYTES
-            self.key_bytes += len(key)
-            if self.keys is not None:
-                self.keys.add(key)
 
     @property
     def weight(self) -> int:
         return _LOG_BYTES + len(self.entries) * _ENTRY_BYTES + self.key_bytes
 
     def wastes_more_than(self, floor: int) -> bool:
-        return self.end > max(2 * self.live, floor)
+        live = self.value_bytes + self.key_bytes + len(self.entries) * _LINE_BYTES
+        return self.end > max(2 * live, floor)
 
 
 class FilesystemDriver:
@@ -260,9 +260,11 @@ class FilesystemDriver:
         self._syncers: ThreadPoolExecutor | None = None
         # Only the worker changes these; the oldest is first.
         self._logs: OrderedDict[str, _Log] = OrderedDict()
-        self._opened: deque[_Log] = deque()
+        self._opened: OrderedDict[_Log, None] = OrderedDict()
+        self._open_files = _OPEN_FILES
         self._index_bytes = 0
         self._made: set[Path] = set()
+        self._unsafe: set[str] = set()  # partitions of which a sync failed, and its repair too
 
     def __repr__(self) -> str:
         return f"filesystem_driver({str(self._path)!r}, namespace={self._namespace!r})"
@@ -309,6 +311,8 @@ class FilesystemDriver:
         return await self._run(self._partitions, cursor or "", limit)
 
     async def _run(self, job: Callable[[*_Ts], _T], *args: *_Ts) -> _T:
+        if self._worker is None:  # the loop's default executor has many threads
+            raise ConfigurationError(f"{self!r} is not open")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._worker, job, *args)
         except (PermissionError, NotADirectoryError) as error:
@@ -319,6 +323,8 @@ class FilesystemDriver:
     # Everything below blocks, so the worker runs it; with `now` it runs in the loop's thread and never does.
 
     def _prepare(self) -> None:
+        # From now on the same folder, whatever the working folder.
+        self._path, self._folder = self._path.absolute(), self._folder.absolute()
         if not self._create and not self._path.is_dir():
             raise ConfigurationError(f"the folder {self._path} is missing, and create=False")
         missing = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
@@ -382,6 +388,8 @@ class FilesystemDriver:
             return log
         self._make_room()
         log = self._log(partition)
+        if partition in self._unsafe:
+            self._mend(log)
         if not log.is_current():
             if (log.fd < 0 or not os.fstat(log.fd).st_nlink) and not self._open_file(log):
                 return None
@@ -426,6 +434,8 @@ class FilesystemDriver:
         """Write the line. The outcome is known at once where nothing changes; else the file stays locked."""
         self._make_room()
         log = self._log(write.partition)
+        if write.partition in self._unsafe:
+            self._mend(log, before_waiting)
         size = self._lock(log, before_waiting)
         if size is None:
             if not all(_holds(op, {}) for op in write.ops):
@@ -444,15 +454,15 @@ class FilesystemDriver:
                 return True
             if not puts and len(deletes) == len(log.entries):
                 log.writing = True
-                os.unlink(log.path)
+                _unlink(log.path)
                 done = True
-                return _Staged(number, log, _Change([], deletes), 0)
+                return _Staged(number, log, [], deletes, 0)
             line = _line(write.version, puts, deletes)
-            change = _change(_decode_line(line), log.end)
+            places = _places(_decode_line(line), log.end)
             log.writing = True
             self._append(log, line)
             done = True
-            return _Staged(number, log, change, len(line))
+            return _Staged(number, log, places, deletes, len(line))
         finally:
             if not done:
                 log.writing = False
@@ -471,7 +481,7 @@ class FilesystemDriver:
                 self._forget(log)
                 continue
             with log.lock:
-                log.apply(item.change)
+                log.apply(item.puts, item.deletes)
                 log.end += item.size
                 log.writing = False
             self._unlock(log)
@@ -495,9 +505,20 @@ class FilesystemDriver:
             if item.size:
                 self._rewrite(item.log)
         except OSError as error:
+            self._unsafe.add(item.log.partition)
             _logger.warning("%s: sync failed, and so did the repair: %s", item.log.path, error)
         finally:
             self._forget(item.log)
+
+    def _mend(self, log: _Log, before_waiting: Callable[[], None] | None = None) -> None:
+        """Write the file anew, with all its lines, before anybody is told what they say."""
+        if (size := self._lock(log, before_waiting)) is not None:
+            try:
+                self._refresh(log, size, repair=True)
+                self._rewrite(log)
+            finally:
+                self._forget(log)
+        self._unsafe.discard(log.partition)
 
     def _purge_some(self, partition: str, start: str, end: str | None) -> bool:
         log = self._look(partition, now=False)
@@ -514,7 +535,7 @@ class FilesystemDriver:
         if self._lock(log) is None:
             return
         try:
-            os.unlink(log.path)
+            _unlink(log.path)
             if self._power:
                 _sync_folder(log.path.parent)
         finally:
@@ -527,10 +548,13 @@ class FilesystemDriver:
             if folder < after_folder:
                 continue
             try:
-                names = sorted(os.listdir(self._folder / folder))
+                found_names = set(os.listdir(self._folder / folder))
+                # On tmpfs one listing may miss a file that is replaced meanwhile.
+                while more := set(os.listdir(self._folder / folder)) - found_names:
+                    found_names |= more
             except FileNotFoundError:
                 continue
-            for name in names:
+            for name in sorted(found_names):
                 if not name.endswith(".jsonl") or (folder == after_folder and name <= after_name):
                     continue
                 partition = _partition_of(self._folder / folder / name)
@@ -547,6 +571,10 @@ class FilesystemDriver:
             if size is None:
                 return
             try:
+                with log.lock:  # read all of it anew: what is damaged must not get a good sum
+                    floor = log.floor
+                    log.clear()
+                    log.floor = floor
                 self._refresh(log, size, repair=True)
                 if log.wastes_more_than(_COMPACT_BYTES):  # no other process was faster
                     self._rewrite(log)
@@ -558,7 +586,7 @@ class FilesystemDriver:
     def _rewrite(self, log: _Log) -> None:
         """Put a file with what the index holds, and nothing else, in the place of the locked one."""
         if not log.entries:
-            os.unlink(log.path)
+            _unlink(log.path)
             _sync_folder(log.path.parent)
             return
         log.writing = True
@@ -573,10 +601,12 @@ class FilesystemDriver:
                 file.flush()
                 _sync_file(file.fileno())
             os.replace(aside, log.path)
-            _sync_folder(log.path.parent)
+        except BaseException:
+            aside.unlink(missing_ok=True)  # only here: once replaced, the name is the next writer's
+            raise
         finally:
             log.writing = False
-            aside.unlink(missing_ok=True)
+        _sync_folder(log.path.parent)
 
     def _log(self, partition: str) -> _Log:
         log = self._logs.get(partition)
@@ -600,19 +630,35 @@ class FilesystemDriver:
             self._made.add(folder)
         flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
-            fd = os.open(log.path, flags, 0o600)
+            fd = self._open_or_make_room(log.path, flags)
         except FileNotFoundError:
             self._forget(log)
             if create:
                 raise
             return False
         with log.lock:
-            log.fd = fd
-            if not log.header or os.pread(fd, len(log.header), 0) != log.header:
+            header = log.header
+            try:
+                same = bool(header) and os.pread(fd, len(header), 0) == header
+            except OSError:
+                os.close(fd)
+                raise
+            if not same:
                 log.clear()
+            log.fd = fd
         self._logs[log.partition] = log
-        self._opened.append(log)
+        self._opened[log] = None
         return True
+
+    def _open_or_make_room(self, path: Path, flags: int) -> int:
+        try:
+            return os.open(path, flags, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._opened:
+                raise
+        self._open_files = max(len(self._opened) // 2, 1)  # this process has less to spare
+        self._make_room()
+        return os.open(path, flags, 0o600)
 
     def _lock(
         self, log: _Log, before_waiting: Callable[[], None] | None = None, *, create: bool = False
@@ -689,11 +735,13 @@ class FilesystemDriver:
 
     def _make_room(self) -> None:
         """Close files and forget indexes beyond the bounds: the oldest, but used ones get a second chance."""
-        while len(self._opened) >= _OPEN_FILES:
-            log = self._opened.popleft()
+        for _ in range(2 * len(self._opened)):
+            if len(self._opened) < self._open_files:
+                break
+            log, _ = self._opened.popitem(last=False)
             if log.writing or (log.used and log.fd >= 0):
                 log.used = False
-                self._opened.append(log)
+                self._opened[log] = None
             else:
                 log.close()
         for _ in range(2 * len(self._logs)):
@@ -741,17 +789,20 @@ def _folder_name(namespace: str) -> str:
 
 def _partition_of(path: Path) -> str | None:
     """Return the partition of a file; None where that is gone, or its first Write was never completed."""
-    try:
-        with open(path, "rb") as file:
-            header, first = file.readline(), file.readline()
-    except FileNotFoundError:
-        return None
-    if not first.endswith(b"\n"):
-        return None
-    try:
-        return _parse_header(header[:-1], path).partition
-    except _BadLineError:
-        raise CorruptRecordError(f"{path} is damaged at byte 0") from None
+    for attempt in (1, 2):  # it may have grown, or been cut off and written over, between two reads
+        try:
+            with open(path, "rb") as file:
+                header, first = file.readline(), file.readline()
+        except FileNotFoundError:
+            return None
+        if not header or not first.endswith(b"\n"):
+            return None
+        try:
+            return _parse_header(header[:-1], path).partition
+        except _BadLineError:
+            if attempt == 2:
+                raise CorruptRecordError(f"{path} is damaged at byte 0") from None
+    return None
 
 
 def _sealed(body: bytes) -> bytes:
@@ -806,11 +857,11 @@ def _parse_header(line: bytes, path: Path) -> _Header:
     return header
 
 
-def _change(line: _Line, offset: int) -> _Change:
-    """Return what a line at `offset` does. Lines have one form only (`_line`), so places can be counted."""
+def _places(line: _Line, offset: int) -> _Puts:
+    """Return where a line at `offset` has its values; they can be counted, for lines have one form only."""
     version = line.version
     offset += len(b'{"sum":"12345678","version":%d' % version)
-    puts: list[tuple[str, _Place]] = []
+    puts: _Puts = []
     for name, values, quotes in ((b"put", line.put, 0), (b"put64", line.put64, 1)):
         if values:
             offset += len(name) + len(b',"":{')
@@ -820,7 +871,7 @@ def _change(line: _Line, offset: int) -> _Change:
             place = _Place(version, offset + quotes, length - 2 * quotes, bool(quotes))
             puts.append((key, place))
             offset += length + len(b",")  # or the bracket at the end
-    return _Change(puts, line.delete)
+    return puts
 
 
 def _checked(line: bytes, decode: Callable[[bytes], _T]) -> _T:
@@ -844,6 +895,12 @@ def _sync(item: _Staged) -> OSError | None:
     except OSError as error:
         return error
     return None
+
+
+def _unlink(path: Path) -> None:
+    """Remove a locked file, and what a compaction that was killed has left beside it."""
+    os.unlink(path)
+    path.with_suffix(".new").unlink(missing_ok=True)
 
 
 def _sync_file(fd: int) -> None:

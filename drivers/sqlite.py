@@ -446,7 +446,10 @@ class _Connection:
             return await future
         except sqlite3.Error as error:
             # Errors of the Python module itself carry no code.
-            kind = _KINDS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, ConfigurationError)
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            kind = _KINDS.get(code, ConfigurationError)
+            if code == sqlite3.SQLITE_CANTOPEN and self._db is not None:
+                kind = UnavailableError  # it could be opened once: descriptors have run out
             message = f"{self._path}: {error}"
             raise kind(message) from error
 

@@ -104,7 +104,7 @@ class EncryptedDriver:
         self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
     ) -> Page:
         page = await self._driver.scan(partition, start, end, limit=limit, reverse=reverse)
-        return Page([self._decrypted(partition, entry) for entry in page.entries], page.more)
+        return Page([self._shown(partition, entry) for entry in page.entries], page.more)
 
     async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
         return await self._driver.commit(
@@ -127,6 +127,12 @@ class EncryptedDriver:
         nonce = os.urandom(_NONCE)
         sealed = self._cipher.encrypt(nonce, op.value, _place(partition, op.key))
         return op._replace(value=self._head + nonce + sealed)
+
+    def _shown(self, partition: str, entry: Entry) -> Entry:
+        try:
+            return self._decrypted(partition, entry)
+        except CorruptRecordError:  # must not hide the others: the core finds that this is no JSON
+            return entry._replace(value=ENCRYPTED)
 
     def _decrypted(self, partition: str, entry: Entry) -> Entry:
         value = entry.value

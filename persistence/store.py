@@ -202,7 +202,7 @@ def _chunk_key(id: str, index: int) -> str:
 
 def _foreign(text: bytes) -> str | None:
     if text.startswith(ENCRYPTED):
-        return "it is encrypted (persistence.encryption), and was not decrypted"
+        return "it is encrypted (persistence.encryption), and was not decrypted with any of the keys given"
     try:
         found = _format.decode(text).f
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -110,3 +110,15 @@ async def test_keys_do_not_encrypt_a_store_that_was_begun_without(tmp_path: Path
         await create_persistence(encrypted(sqlite_driver(path), b"k" * 32))
     async with create_persistence(sqlite_driver(path)) as p:
         assert await p.sessions.get_messages("s") == [{"role": "user"}]
+
+
+async def test_a_checkpoint_that_was_tampered_with_hides_no_other() -> None:
+    memory = memory_driver()
+    async with create_persistence(encrypted(memory, b"k" * 32)) as p:
+        metas = [await p.checkpoints.put("t", {"n": n}) for n in range(4)]
+        held = memory._partitions["thread/t"].entries
+        key = min(key for key in held if key.startswith("checkpoint/"))
+        held[key] = held[key]._replace(value=held[key].value[:-1] + b"\0")
+    async with create_persistence(encrypted(memory, b"k" * 32)) as p:
+        assert len(await p.checkpoints.list("t")) == 4
+        assert await p.checkpoints.delete("t", metas[0].id) == 1

@@ -8,10 +8,12 @@ import asyncio
 import base64
 import errno
 import fcntl
+import io
 import json
 import multiprocessing
 import os
 import random
+import resource
 import stat
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -23,10 +25,11 @@ from typing import Any
 
 import pytest
 
+from persistence import create_persistence
 from persistence.driver import ABSENT, MAX_VALUE_BYTES, Delete, Driver, Entry, Key, Op, Put, Write
 from persistence.drivers import filesystem as module
 from persistence.drivers.filesystem import FilesystemDriver, filesystem_driver, from_url
-from persistence.errors import ConfigurationError, CorruptRecordError, UnavailableError
+from persistence.errors import ConfigurationError, CorruptRecordError, OutcomeUnknownError, UnavailableError
 
 # A forked child would inherit the locks and threads of this process; a spawned one starts slowly.
 processes = multiprocessing.get_context("forkserver")
@@ -549,6 +552,128 @@ async def test_an_url_names_the_folder_and_the_options(tmp_path: Path) -> None:
 # Other processes, and their end.
 
 PARTITIONS = ["p", "q", "r"]
+
+
+async def test_a_partition_that_is_often_compacted_is_noted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the bound on open files would be reached by one, and room be made for ever."""
+    monkeypatch.setattr(module, "_OPEN_FILES", 8)
+    monkeypatch.setattr(module, "_COMPACT_BYTES", 300)
+    async with opened(tmp_path, durability="process") as driver:
+        for _ in range(60):
+            await put(driver, "hot", k=b'"%s"' % (b"x" * 200))
+        writes = [write(name, Put("k", b"1")) for name in ("hot", "new")]
+        assert await driver.commit(writes) == [True, True]
+
+
+async def test_a_failed_reopening_leaves_no_index_of_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as a, opened(tmp_path) as b:
+        old = write("p", Put("k", b"1"), Put("x", b'"xxxx"'))
+        await a.commit([old])
+        await b.purge("p", "", None)
+        await b.commit([write("p", Put("k", b"2"), Put("y", b'"yyyy"'))])
+        read = os.pread
+
+        def fail(fd: int, size: int, at: int) -> bytes:
+            if at == 0:
+                raise OSError(errno.EIO, "failed")
+            return read(fd, size, at)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", fail)
+            with pytest.raises(UnavailableError):
+                await a.get([Key("p", "k")])
+        keys = [Key("p", "k"), Key("p", "x")]
+        assert await a.get(keys) == await b.get(keys)
+        assert await a.commit([write("p", Put("k", b"3", old.version))]) == [False]
+
+
+@pytest.mark.parametrize("length", [0, 60])
+def test_a_file_that_gets_its_header_while_it_is_listed_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    path, header = tmp_path / "x.jsonl", module._header("p")
+    path.write_bytes(header[:length])
+
+    class Grows(io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            size = super().readinto(buffer)
+            path.write_bytes(header + module._line(7, [("k", b"1")], []))
+            return size
+
+    monkeypatch.setattr(module, "open", lambda path, _: io.BufferedReader(Grows(path, "r")), raising=False)
+    assert module._partition_of(path) in (None, "p")
+
+
+async def test_the_folder_stays_where_it_was_when_the_working_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with opened(Path("data")) as driver, opened(Path("data")) as other:
+        await put(driver, "p", k=b"1")
+        monkeypatch.chdir("/")
+        assert await content(other) == {"k": b"1"}
+        assert await other.partitions(None, 5) == (["p"], None)
+
+
+async def test_few_descriptors_are_enough(tmp_path: Path) -> None:
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with opened(tmp_path, durability="process") as driver:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, most))
+        try:
+            for number in range(150):
+                await put(driver, f"p{number}", k=b"1")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+
+
+async def test_a_driver_that_is_not_open_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="not open"):
+        await put(filesystem_driver(tmp_path), "p", k=b"1")
+
+
+async def test_compaction_gives_a_damaged_value_no_good_sum(tmp_path: Path) -> None:
+    async with opened(tmp_path) as driver:
+        await put(driver, "p", precious=b'{"balance":1000}')
+        (path,) = logs(tmp_path)
+        with path.open("r+b") as file:
+            file.seek(file.read().index(b"1000"))
+            file.write(b"9")
+        for _ in range(3):  # large enough to be compacted
+            await put(driver, "p", other=b'"%s"' % (b"x" * 60_000))
+        await driver._run(lambda: None)  # whatever is left to do was asked for before
+    async with opened(tmp_path) as driver:
+        with pytest.raises(CorruptRecordError):
+            await driver.get([Key("p", "precious")])
+
+
+async def test_a_write_that_could_neither_be_synced_nor_mended_is_not_reported_as_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with create_persistence(filesystem_driver(tmp_path)) as p:
+        await p.sessions.add_message("s", {"n": 0})
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_sync_file", broken)
+            with pytest.raises((UnavailableError, OutcomeUnknownError)):
+                await p.sessions.add_message("s", {"n": 1}, timeout=1)
+        await p.sessions.add_message("s", {"n": 2})
+        stored = [message["n"] for message in await p.sessions.get_messages("s")]
+        assert stored in ([0, 2], [0, 1, 2])
+
+
+async def test_a_purge_leaves_nothing_of_a_killed_compaction(tmp_path: Path) -> None:
+    async with opened(tmp_path) as driver:
+        await put(driver, "p", k=b"1")
+        (path,) = logs(tmp_path)
+        path.with_suffix(".new").write_bytes(path.read_bytes())
+        await driver.purge("p", "", None)
+        assert not path.with_suffix(".new").exists()
 
 
 def keep_committing(path: Path, seed: int, pipe: Connection) -> None:
