@@ -214,7 +214,7 @@ class Checkpoints(Repository):
             at=_time(now, "now"),
             metadata=_metadata(metadata),
             parent=parent_id,
-            expected_latest=expected_latest,
+            expected_latest=_checked_latest(expected_latest),
             labels=_labels(labels),
             run=_text_or_none(run_id, "run_id"),
             version=_version(snapshot) if version is None else _checked_version(version),
@@ -274,8 +274,9 @@ class Checkpoints(Repository):
         if limit is not None and limit < 1:
             return Listing()
         match = None
+        _metadata(metadata)
+        _check_texts(label=label, run_id=run_id)
         if metadata or label is not None or run_id is not None:
-            _metadata(metadata)
             wanted = dict(metadata or {})
 
             def match(body: CheckpointBody) -> bool:
@@ -365,6 +366,7 @@ class Checkpoints(Repository):
         The two share nothing. Raises `NotFoundError`, and `ConflictError` if
         `new_thread_id` was used before or is used meanwhile.
         """
+        _check_texts(checkpoint_id=checkpoint_id)
         return await self.threads.copy(thread_id, new_thread_id, checkpoint_id)
 
     @public
@@ -529,6 +531,7 @@ class Checkpoints(Repository):
         Ordered by id, which is the order in which they were stored, all that
         match are read for each page.
         """
+        _check_texts(agent_id=agent_id, session_id=session_id, agent_type=agent_type, name=name)
         if agent_id is not None:
             place = _by("agent", agent_id)
         elif session_id is not None:
@@ -686,6 +689,7 @@ class Checkpoints(Repository):
         if keep_last is None and older_than is None and label is None and run_id is None:
             message = "prune: say what is to go, by keep_last=, older_than=, label= or run_id="
             raise InvalidValueError(message)
+        _check_texts(label=label, run_id=run_id)
         keep = _cap(keep_last, "keep_last")
         limit_at = self._before(older_than)
 
@@ -717,14 +721,15 @@ class Checkpoints(Repository):
         cap: int | None,
     ) -> CheckpointBody:
         given = _mapping(checkpoint)
-        if isinstance(expected_latest, str):
+        if isinstance(expected_latest := _checked_latest(expected_latest), str):
             own, of = _named_id(expected_latest) or ("", "")
             expected_latest = own if of == thread_id else ""  # of another: never the latest of this one
         known = {"id", "agent_id", "session_id", "state", "created_at", "extra", *fields}
-        if not isinstance(given.get("extra") or {}, Mapping):
+        extra = {} if given.get("extra") is None else given["extra"]
+        if not isinstance(extra, Mapping):
             message = "the checkpoint's extra must be a mapping"
             raise InvalidValueError(message)
-        extra = {**(given.get("extra") or {}), **{k: v for k, v in given.items() if k not in known}}
+        extra = {**extra, **{name: value for name, value in given.items() if name not in known}}
         if "state" not in given:
             message = "the checkpoint has no state"
             raise InvalidValueError(message)
@@ -762,6 +767,8 @@ class Checkpoints(Repository):
         limit: int | None,
         cursor: str | None,
     ) -> Listing[tuple[str, CheckpointBody]]:
+        _check_texts(session_id=session_id, hostname=hostname, working_directory=working_directory)
+
         def match(thread_id: str, body: CheckpointBody) -> bool:
             return (
                 (session_id is None or thread_id == session_id)
@@ -1011,6 +1018,18 @@ def _text_or_none(value: str | None, what: str) -> str | None:
     return value
 
 
+def _check_texts(**given: str | None) -> None:
+    for what, text in given.items():
+        _text_or_none(text, what)
+
+
+def _checked_latest(expected: str | Literal[0] | None) -> str | Literal[0] | None:
+    if expected is None or isinstance(expected, str) or (type(expected) is int and expected == 0):
+        return expected
+    message = f"expected_latest={expected!r:.80}: use the id of a checkpoint, or 0 for none at all"
+    raise InvalidValueError(message)
+
+
 def _labels(labels: Iterable[str]) -> builtins.list[str]:
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         message = f"labels={labels!r:.80}: use a list of texts"
@@ -1022,11 +1041,13 @@ def _labels(labels: Iterable[str]) -> builtins.list[str]:
 
 
 def _metadata(metadata: Mapping[str, Any] | None) -> tuple[bytes, bool] | None:
-    if not metadata:
+    if metadata is None:
         return None
     if not isinstance(metadata, Mapping):
         message = f"metadata must be a mapping, not {type(metadata).__name__}"
         raise InvalidValueError(message)
+    if not metadata:
+        return None
     text, tagged = codec.encode(dict(metadata))
     if len(text) > _METADATA_BYTES:
         message = f"the metadata have {len(text):,} bytes; the limit is {_METADATA_BYTES:,}"

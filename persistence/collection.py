@@ -117,11 +117,17 @@ class Kind(Generic[R]):
 
 @dataclass(frozen=True, slots=True)
 class Loaded(Generic[R]):
-    """What lies under the key of a record: a record, a tombstone, or nothing."""
+    """What lies under the key of a record: a record, a tombstone, nothing, or what cannot be read."""
 
     record: R | None
     body: RecordBody | None
     version: int
+    fault: CorruptRecordError | None = None
+
+    @property
+    def there(self) -> bool:
+        """Whether there is a record, readable or not."""
+        return self.record is not None or self.fault is not None
 
 
 class Collection(Generic[R]):
@@ -263,24 +269,29 @@ class Collection(Generic[R]):
         `repair` can go on after a crash. `bury` writes the given Put with
         whatever belongs to it and returns the version, `ABSENT` if refused, or
         None where there is nothing to delete; by default it is just put over a
-        record. `only` says of which record it is to be done at all.
+        record. `only` says of which record it is to be done at all. One that
+        cannot be read is deleted too, but where it would have to be asked: it
+        would stand in the way of its listings for ever.
         """
         partition = self.kind.partition(id)
         tries = Tries(partition)
         while True:
-            current = await self.load(id)
-            if only is not None and (current.record is None or not only(current.record)):
-                return None
+            current = await self._load_what_is_there(partition)
+            if only is not None:
+                if current.fault is not None:
+                    raise current.fault
+                if current.record is None or not only(current.record):
+                    return None
             removals = await self._removals([] if current.record is None else self.kind.hints(current.record))
             tombstone = RecordBody(deleted=self.store.clock(), cascade=cascade)
             put = Put(RECORD, pack(tombstone), current.version)
             version: int | None
             if bury is not None:
                 version = await bury(current, put)
-            elif current.record is None:
-                version = None
-            else:
+            elif current.there:
                 version = await self.store.coalescer.write(partition, [put])
+            else:
+                version = None
             if version is None:
                 return None
             if version:
@@ -399,6 +410,15 @@ class Collection(Generic[R]):
                 return None if self.kind.expires_at is not None and self.expired(record) else record
         found = (await self._loaded(partition, entry)).record
         return None if found is None or self.expired(found) else found
+
+    async def _load_what_is_there(self, partition: str) -> Loaded[R]:
+        (entry,) = await self.store.coalescer.get([Key(partition, RECORD)])
+        if entry is None:
+            return Loaded(None, None, ABSENT)
+        try:
+            return await self._loaded(partition, entry)
+        except CorruptRecordError as error:
+            return Loaded(None, None, entry.version, error)
 
     async def _loaded(self, partition: str, entry: Entry) -> Loaded[R]:
         body = self._unpack(partition, entry)

@@ -18,6 +18,7 @@ from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
+    CorruptRecordError,
     InvalidValueError,
     NotFoundError,
     PersistenceError,
@@ -315,7 +316,7 @@ class Sessions(Repository):
         Atomic up to 900 messages and 3 MiB. More go batch by batch; an error
         then has the count of those stored as its `stored`. The other arguments
         are those of `add_message`; `ConflictError` if the `idempotency_key` was
-        used for another count of messages.
+        used for another count of messages in one of the batches.
         """
         partition = SESSIONS.partition(session_id)
         once = None if idempotency_key is None else encode_id(idempotency_key, "idempotency_key")
@@ -479,7 +480,7 @@ class Sessions(Repository):
         async def bury(current: Loaded[SessionRecord], put: Put) -> int | None:
             async def make(tail: Tail) -> tuple[Op, ...] | None:
                 nonlocal removed
-                if current.record is None and (tail.deleted or not tail.number):
+                if not current.there and (tail.deleted or not tail.number):
                     return None
                 removed = tail.visible
                 return put, self.log.marker(tail, "delete", [])
@@ -490,7 +491,7 @@ class Sessions(Repository):
         if deleted is None:
             return Deleted()
         await self.log.empty(partition, await self.log.hidden(partition))
-        return Deleted(sessions=int(deleted.record is not None), messages=removed)
+        return Deleted(sessions=int(deleted.there), messages=removed)
 
     async def _fork(
         self,
@@ -906,7 +907,9 @@ class LLMProviders(Repository):
 
     async def _delete(self, id: str, *, only: Callable[[LLMProviderRecord], bool] | None = None) -> Deleted:
         # Read before the record goes, as hints are: who saves it again chooses anew, and that stays.
-        found = await self.records.find(id)
+        found = None
+        with suppress(CorruptRecordError):  # it may go; whose default it was, nobody knows
+            found = await self.records.find(id)
         chosen = None if found is None else await self._chosen(found.container_id, id)
         deleted = await self.records.delete(id, only=only)
         if deleted is None:

@@ -154,3 +154,38 @@ async def test_an_option_that_a_checkpointer_does_not_know_is_not_ignored() -> N
     async with create_persistence(memory_driver()) as p:
         with pytest.raises(InvalidValueError, match="before"):
             await Checkpointer(p).list("t", {"before": "x"})
+
+
+@pytest.mark.parametrize("expected", [5, [], False, 0.0])
+async def test_what_cannot_be_the_latest_is_no_conflict(expected: Any) -> None:
+    async with create_persistence(memory_driver()) as p:
+        with pytest.raises(InvalidValueError, match="expected_latest"):
+            await p.checkpoints.put("t", 1, expected_latest=expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("list", {"thread_id": "t", "label": 5}),
+        ("list", {"thread_id": "t", "run_id": 5}),
+        ("prune", {"label": ["a"]}),
+        ("list_checkpoints", {"name": 5}),
+        ("list_app_checkpoints", {"hostname": 5}),
+        ("copy_thread", {"thread_id": "t", "new_thread_id": "u", "checkpoint_id": 5}),
+    ],
+    ids=str,
+)
+async def test_a_filter_that_can_match_nothing_is_refused(method: str, arguments: dict[str, Any]) -> None:
+    async with create_persistence(memory_driver()) as p:
+        await p.checkpoints.put("t", 1)
+        with pytest.raises(InvalidKeyError, match="must be a text"):
+            await getattr(p.checkpoints, method)(**arguments)
+
+
+@pytest.mark.parametrize("metadata", [0, [], [1], ""])
+async def test_metadata_are_a_mapping(metadata: Any) -> None:
+    async with create_persistence(memory_driver()) as p:
+        with pytest.raises(InvalidValueError, match="metadata"):
+            await p.checkpoints.put("t", 1, metadata=metadata)
+        with pytest.raises(InvalidValueError, match="metadata"):
+            await p.checkpoints.list("t", metadata=metadata)

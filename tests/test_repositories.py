@@ -13,6 +13,7 @@ import pytest
 from persistence import (
     ConflictError,
     ContainerRecord,
+    CorruptRecordError,
     Deleted,
     ImageRecord,
     InvalidKeyError,
@@ -24,6 +25,7 @@ from persistence import (
     SessionRecord,
     StoredMessage,
     create_persistence,
+    memory_driver,
 )
 from persistence.testing import MakeDriver
 
@@ -702,3 +704,36 @@ async def test_fields_that_are_named_like_those_of_the_library_stay(p: Persisten
         assert found is not None
         assert (found.extra, found.version) == (odd, version)
         assert {**found.to_mapping(), **odd} == found.to_mapping()
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b'{"f":1,"v":5}', b'{"f":1}'])
+@pytest.mark.parametrize(
+    ("kind", "id_field", "others"),
+    [
+        ("container", "container_id", ()),
+        ("image", "image_id", ("container_id", "session_id", "name")),
+        ("session", "session_id", ("container_id", "image_id")),
+        ("prototype", "prototype_id", ("container_id", "name")),
+        ("llm_provider", "id", ("container_id", "name", "vendor", "protocol", "api_key")),
+    ],
+)
+async def test_a_record_that_cannot_be_read_can_be_deleted(
+    kind: str, id_field: str, others: tuple[str, ...], damaged: bytes
+) -> None:
+    """Or it would stand in the way of every listing that it is in."""
+    memory = memory_driver()
+    async with create_persistence(memory) as p:
+        repository: Any = getattr(p, f"{kind}s")
+        save, delete = getattr(repository, f"save_{kind}"), getattr(repository, f"delete_{kind}")
+        for id in ("one", "two"):
+            await save({id_field: id, **dict.fromkeys(others, "x")})
+        records = repository.records
+        place = records.kind.places(await records.find("two"))[0]
+        held = memory._partitions[records.kind.partition("one")].entries
+        held["record"] = held["record"]._replace(value=damaged)
+
+        with pytest.raises(CorruptRecordError, match="one"):
+            await records.page(place)
+        assert getattr(await delete("one"), f"{kind}s") == 1
+        assert [records.kind.id_of(record) for record in await records.page(place)] == ["two"]
+        assert not await delete("one")
