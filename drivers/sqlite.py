@@ -321,6 +321,9 @@ class SQLiteDriver:
 
     def _connect(self, *, waiting: bool = True) -> sqlite3.Connection:
         self._path = self._path.absolute()  # from now on the same file, whatever the working folder
+        if self._path.is_dir():
+            message = f"{self._path} is a folder; the data need a file in it"
+            raise ConfigurationError(message)
         if self._create:
             _create_file(self._path)
         elif not self._path.exists():

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import stat
 import sys
 import tempfile
@@ -51,6 +52,7 @@ __all__ = ["app"]
 T = TypeVar("T")
 
 _SHORT: Final = 200  # characters of a message in a table
+_NARROW: Final = 8  # characters that a column of ids has at least
 _LISTED: Final = 10  # orphans, and corrupt records, named below the table of a repair
 _PIPE_WIDTH: Final = 160  # columns of a table that goes to no terminal
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -291,7 +293,7 @@ def threads(
         _print_json("threads", [msgspec.structs.asdict(one) for one in found], {"cursor": found.cursor})
         return
     table = Table()
-    table.add_column("thread", overflow="fold")
+    table.add_column("thread", overflow="fold", min_width=_NARROW)
     table.add_column("checkpoints", justify="right")
     table.add_column("latest", overflow="fold")
     table.add_column("updated", no_wrap=True)
@@ -341,7 +343,7 @@ def checkpoints(
         return
     table = Table()
     for name in ("checkpoint", "labels", "run"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=_NARROW)
     for name in ("bytes", "stored"):
         table.add_column(name, justify="right")
     table.add_column("created", no_wrap=True)
@@ -502,10 +504,19 @@ def demo(
     shown = shlex.quote(to) if to == masked_url(to) else "URL"
     if folder is not None:
         typer.echo(f"\nThe file stays: {Path(folder, 'demo.db')} (to remove it:  rm -r {folder})")
+    command = _own_command()
     typer.echo("Try next:")
-    typer.echo(f"  persistence sessions {shown}")
-    typer.echo(f"  persistence show {shown} airline-36-0 --last 5")
-    typer.echo(f"  persistence import YOUR.jsonl --to {shown}")
+    typer.echo(f"  {command} sessions {shown}")
+    typer.echo(f"  {command} show {shown} airline-36-0 --last 5")
+    typer.echo(f"  {command} import YOUR.jsonl --to {shown}")
+
+
+def _own_command() -> str:
+    """Return what to type for this command: in a virtual environment it need not be on the PATH."""
+    if shutil.which("persistence"):
+        return "persistence"
+    called = Path(sys.argv[0])
+    return shlex.quote(str(called)) if called.name == "persistence" else f"{sys.executable} -m persistence"
 
 
 async def _demo(url: str) -> None:
@@ -669,7 +680,8 @@ async def _counts(p: Persistence, records: Iterable[SessionRecord]) -> list[int]
 def _sessions_table(records: Sequence[SessionRecord], counts: Sequence[int]) -> Table:
     table = Table()
     for name in ("session", "image", "container"):
-        table.add_column(name, overflow="fold")  # an id cut short could not be copied
+        # An id that is cut short, or not there, could not be copied.
+        table.add_column(name, overflow="fold", min_width=_NARROW)
     table.add_column("messages", justify="right")
     table.add_column("created", no_wrap=True)
     for record, count in zip(records, counts, strict=True):

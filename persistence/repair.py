@@ -125,7 +125,10 @@ class Repair:
         cursor: str | None = None
         while True:
             names, cursor = await self.store.coalescer.partitions(cursor, _AT_ONCE)
-            await asyncio.gather(*(self._visit(name) for name in names))
+            visits = await asyncio.gather(*(self._visit(name) for name in names), return_exceptions=True)
+            for fault in visits:  # once all have come to their end
+                if fault is not None:
+                    raise fault
             self.report.partitions += len(names)
             if self._progress is not None:
                 self._progress(self.report.partitions)

@@ -657,7 +657,7 @@ def test_the_demo_survives_the_kill_and_says_where_things_are(tmp_path: Path) ->
     assert "nothing lost, nothing doubled" in text
     (file,) = tmp_path.glob("persistence-demo-*/demo.db")
     url = f"sqlite:///{file}"
-    assert f"  persistence sessions {url}\n" in text
+    assert f"persistence sessions {url}\n" in text
     assert len(json.loads(run("sessions", url, "--json").stdout)["sessions"]) == 6
 
     again = run("demo", "--to", url)
@@ -713,3 +713,13 @@ def test_closed_output_is_no_error(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "persistence", "sessions", "memory://", *json_]
         done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_narrow_terminal_shows_ids(imported: str) -> None:
+    assert "airline" in run("sessions", imported, COLUMNS="30").stdout
+
+
+def test_a_folder_is_no_sqlite_file(tmp_path: Path) -> None:
+    result = run("sessions", f"sqlite:///{tmp_path}")
+    assert result.exit_code != 0
+    assert "is a folder" in result.output
