@@ -473,7 +473,7 @@ class RedisDriver:
                 self._idle.append(connection)
             else:
                 await pool.release(connection)
-        if isinstance(reply, _BROKEN):
+        if _leads_nowhere(reply):
             # The other connections most likely died too, or lead to a server that is no longer the primary.
             await self._return_idle(pool)
             await pool.disconnect(inuse_connections=False)
@@ -528,7 +528,7 @@ class RedisDriver:
             replies = await _exchange(connection, packet, self._timeout)
         finally:
             node.release(connection)
-        if isinstance(replies[-1], _BROKEN):
+        if _leads_nowhere(replies[-1]):
             self._stale = True
             await node.disconnect_free_connections()  # they most likely died too
         return replies[1::2] if asking else replies
@@ -598,6 +598,12 @@ async def _exchange(connection: AbstractConnection, packet: Sequence[bytes], tim
     finally:
         connection.socket_timeout = limit
     return replies
+
+
+def _leads_nowhere(reply: Any) -> bool:
+    """Tell whether the connection is lost, or leads to a server that is no longer the primary."""
+    # Redis 6.2 wraps the errors that a script meets.
+    return isinstance(reply, _BROKEN) or (isinstance(reply, Exception) and "-READONLY" in str(reply))
 
 
 def _home(client: RedisCluster, name: str) -> ClusterNode:
