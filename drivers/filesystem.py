@@ -651,12 +651,13 @@ class FilesystemDriver:
         return True
 
     def _open_or_make_room(self, path: Path, flags: int) -> int:
+        self._open_files = min(self._open_files + 1, _OPEN_FILES)
         try:
             return os.open(path, flags, 0o600)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._opened:
                 raise
-        self._open_files = max(len(self._opened) // 2, 1)  # this process has less to spare
+        self._open_files = max(len(self._opened) // 2, 1)  # this process has less to spare for now
         self._make_room()
         return os.open(path, flags, 0o600)
 
@@ -789,7 +790,8 @@ def _folder_name(namespace: str) -> str:
 
 def _partition_of(path: Path) -> str | None:
     """Return the partition of a file; None where that is gone, or its first Write was never completed."""
-    for attempt in (1, 2):  # it may have grown, or been cut off and written over, between two reads
+    again = False
+    while True:
         try:
             with open(path, "rb") as file:
                 header, first = file.readline(), file.readline()
@@ -800,9 +802,9 @@ def _partition_of(path: Path) -> str | None:
         try:
             return _parse_header(header[:-1], path).partition
         except _BadLineError:
-            if attempt == 2:
+            if again:
                 raise CorruptRecordError(f"{path} is damaged at byte 0") from None
-    return None
+            again = True  # it may have grown, or been cut off and written over, between the two reads
 
 
 def _sealed(body: bytes) -> bytes:
@@ -899,8 +901,8 @@ def _sync(item: _Staged) -> OSError | None:
 
 def _unlink(path: Path) -> None:
     """Remove a locked file, and what a compaction that was killed has left beside it."""
+    path.with_suffix(".new").unlink(missing_ok=True)  # first: once the file is gone, the name is another's
     os.unlink(path)
-    path.with_suffix(".new").unlink(missing_ok=True)
 
 
 def _sync_file(fd: int) -> None:

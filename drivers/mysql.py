@@ -185,6 +185,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "ssl": flag,
     "ssl_ca": str,
 }
+_TLS = 1 << 11  # the capability CLIENT_SSL
 _log = logging.getLogger("persistence")
 
 _T = TypeVar("_T")
@@ -305,9 +306,7 @@ class MySQLDriver:
                 return
             self._slots = asyncio.Semaphore(self._pool_size)
             try:
-                self._pool = self._client or await client_library.create_pool(
-                    minsize=0, maxsize=self._pool_size, **self._connect_options
-                )
+                self._pool = self._client or await _make_pool(self._pool_size, self._connect_options)
                 await self._prepare()
             except BaseException:
                 await self.close()
@@ -519,7 +518,6 @@ class MySQLDriver:
             in_order = False
             try:
                 if connection not in self._configured:
-                    self._check_tls(connection)
                     await self._query(connection, self._session)
                     self._configured.add(connection)
                 result = await work(connection)
@@ -534,11 +532,6 @@ class MySQLDriver:
                     connection.close()
                 pool.release(connection)  # not awaited: that would wake those who wait there, and nobody does
         return result
-
-    def _check_tls(self, connection: Any) -> None:
-        # aiomysql goes on in the clear where the server, or whoever is in between, says that it has no TLS.
-        if self._client is None and self._connect_options["ssl"] and not getattr(connection, "_secure", True):
-            raise ConfigurationError("mysql: this server has no TLS, which ssl= asks for")
 
     async def _prepare(self) -> None:
         """Look at the server, warn of what it does not promise, and create the table if it is missing."""
@@ -611,6 +604,39 @@ def _tls(ssl: SSLContext | bool | None, authorities: str | None) -> SSLContext |
     except OSError as error:
         message = f"mysql: ssl_ca={authorities!r}: {error}"
         raise ConfigurationError(message) from error
+
+
+async def _make_pool(size: int, options: dict[str, Any]) -> Any:
+    if client_library.__name__ == "asyncmy":
+        return await client_library.create_pool(minsize=0, maxsize=size, **options)
+    loop = asyncio.get_running_loop()
+    connections: Any = client_library.Connection
+    pools: Any = client_library.Pool
+
+    class Connection(connections):  # type: ignore[misc]
+        _writer = None  # looked for by its __del__, even where it was given options that there are not
+
+        async def _request_authentication(self) -> None:
+            # aiomysql would log in in the clear where the server, or whoever is in between, says that it
+            # has no TLS, and even tell its password to who asks for it.
+            if self._ssl_context and not self.server_capabilities & _TLS:
+                raise ConfigurationError("mysql: this server has no TLS, which ssl= asks for")
+            await super()._request_authentication()
+
+    class Pool(pools):  # type: ignore[misc]
+        async def _fill_free_pool(self, override_min: bool) -> None:
+            await super()._fill_free_pool(False)
+            if not override_min or self._free or self.size >= self.maxsize:
+                return
+            self._acquiring += 1
+            try:
+                connection = Connection(echo=self._echo, loop=loop, **self._conn_kwargs)
+                await connection._connect()
+                self._free.append(connection)
+            finally:
+                self._acquiring -= 1
+
+    return Pool(minsize=0, maxsize=size, echo=False, pool_recycle=-1, loop=loop, **options)
 
 
 def _hex(data: bytes) -> str:

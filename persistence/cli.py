@@ -516,7 +516,11 @@ def _own_command() -> str:
     if shutil.which("persistence"):
         return "persistence"
     called = Path(sys.argv[0])
-    return shlex.quote(str(called)) if called.name == "persistence" else f"{sys.executable} -m persistence"
+    return (
+        shlex.quote(str(called))
+        if called.name == "persistence"
+        else f"{shlex.quote(sys.executable)} -m persistence"
+    )
 
 
 async def _demo(url: str) -> None:

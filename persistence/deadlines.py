@@ -1,7 +1,8 @@
 """What expires when: ``index/deadlines`` lists hours, ``index/deadlines/<hour>`` what goes in each.
 
 Like those of all listings the entries are hints: put before the thing that
-expires says so itself, and removed once they are due, whatever became of it.
+expires says so itself, and removed once they are due and that is gone, or has
+had an hour to say so.
 """
 
 from __future__ import annotations
@@ -52,18 +53,20 @@ class Deadlines:
             name = f"{_DEADLINES}/{int(found.key)}"
             async for entries in coalescer.pages(name, "", f"{now + 1:015d}", limit=_PAGE):
                 for entry in entries:
-                    hint = self._store.unpack(self._hints, name, entry)
-                    if hint.id.startswith(f"{kind}/"):
-                        try:
-                            done = await expire(hint.id)
-                        except CorruptRecordError as error:
-                            unreadable = unreadable or error  # told once the others are gone
+                    try:
+                        hint = self._store.unpack(self._hints, name, entry)
+                        if not hint.id.startswith(f"{kind}/"):
                             continue
-                        if not done and hint.at > now - _HOUR_MS:
-                            continue
+                        done = await expire(hint.id)
+                    except CorruptRecordError as error:
+                        unreadable = unreadable or error  # told once the others are gone
+                        continue
+                    if done or hint.at <= now - _HOUR_MS:
                         await coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
             rest = await coalescer.scan(name, "", None, limit=1)
-            if not rest.entries and int(found.key) < hour(now):
+            noted = self._store.unpack(self._hints, _DEADLINES, found).at
+            # Of a young one the entry may be on its way.
+            if not rest.entries and int(found.key) < hour(now) and noted <= now - _HOUR_MS:
                 # Refused: a deadline of this hour has come in meanwhile.
                 await coalescer.write(_DEADLINES, [Delete(found.key, found.version)], hint=True)
         if unreadable is not None:

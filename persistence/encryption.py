@@ -26,7 +26,7 @@ from typing import Final
 
 from persistence.connect import checked_driver, driver_from_url
 from persistence.driver import ABSENT, Driver, Entry, Key, Op, Page, Put, Write
-from persistence.errors import ConfigurationError, CorruptRecordError
+from persistence.errors import ConfigurationError, CorruptRecordError, UnavailableError
 from persistence.ids import random_version
 from persistence.options import missing_client
 from persistence.store import ENCRYPTED, SEAL
@@ -78,17 +78,36 @@ class EncryptedDriver:
         """Refuse a store that was begun with other keys, or with none; an empty one becomes ours."""
         name = self._head[1:].hex().encode()
         try:
-            [found] = await self.get([SEAL])
-            if found is None and (await self._driver.partitions(None, 1))[0]:
-                message = f"{self._driver!r} holds values that are not encrypted: begin with an empty store"
-                raise ConfigurationError(message)
+            found = await self._seal()
+            if found is None:
+                await self._check_first_value()
             if found is None or found.value != name:  # new, or the keys are being rotated
                 expect = ABSENT if found is None else found.version
                 await self.commit([Write(SEAL.partition, (Put(SEAL.key, name, expect),), random_version())])
-                await self.get([SEAL])  # somebody may have been faster, with a key of his own
+                if await self._seal() is None:  # there may be another's, with a key of his own
+                    message = f"{self._driver!r}: the seal of the store could not be written"
+                    raise UnavailableError(message)
         except CorruptRecordError as error:
             message = f"{self._driver!r} is encrypted, and with none of the keys given"
             raise ConfigurationError(message) from error
+
+    async def _seal(self) -> Entry | None:
+        [entry] = await self._driver.get([SEAL])
+        return None if entry is None else self._decrypted(SEAL.partition, entry)
+
+    async def _check_first_value(self) -> None:
+        # There may be one: the seal, put meanwhile, or what was encrypted before there were seals.
+        names, cursor = await self._driver.partitions(None, 1)
+        while not names and cursor is not None:
+            names, cursor = await self._driver.partitions(cursor, 1)
+        for name in names:
+            for entry in (await self._driver.scan(name, "", None, limit=1)).entries:
+                if not entry.value.startswith(ENCRYPTED):
+                    message = (
+                        f"{self._driver!r} holds values that are not encrypted: begin with an empty store"
+                    )
+                    raise ConfigurationError(message)
+                self._decrypted(name, entry)
 
     async def close(self) -> None:
         await self._driver.close()
@@ -96,7 +115,7 @@ class EncryptedDriver:
     async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
         entries = await self._driver.get(keys)
         return [
-            None if entry is None else self._decrypted(key.partition, entry)
+            None if entry is None else self._shown(key.partition, entry)
             for key, entry in zip(keys, entries, strict=True)
         ]
 

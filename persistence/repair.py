@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -140,8 +139,10 @@ class Repair:
                 self._checkpoints.threads.delete_all_expired,
                 self._streams.sweep,
             ):
-                with suppress(CorruptRecordError):  # named above
+                try:
                     await sweep()
+                except CorruptRecordError as error:
+                    self._corrupt(error)
         return self.report
 
     async def _visit(self, partition: str) -> None:
@@ -161,9 +162,14 @@ class Repair:
             try:
                 await step(partition)
             except CorruptRecordError as error:
-                self.report.corrupt_count += 1
-                if len(self.report.corrupt) < _NAMED:
-                    self.report.corrupt.append(str(error))
+                self._corrupt(error)
+
+    def _corrupt(self, error: CorruptRecordError) -> None:
+        if str(error) in self.report.corrupt:
+            return  # found again through its deadline
+        self.report.corrupt_count += 1
+        if len(self.report.corrupt) < _NAMED:
+            self.report.corrupt.append(str(error))
 
     # ---- records
 

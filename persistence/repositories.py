@@ -725,8 +725,12 @@ class Images(Repository):
         if await self._sessions.records.exists(source.session_id):
             await self._sessions._fork(source.session_id, session_id, through, fork_id, source.container_id)
         else:
-            with suppress(NotFoundError):  # deleted: there is nothing to copy
+            try:
                 await self._sessions._copy(source.session_id, session_id, through)
+            except NotFoundError as error:
+                if error.partition != SESSIONS.partition(source.session_id):
+                    raise
+                # The source was deleted: there is nothing to copy.
         fields = source.to_mapping() | {
             "image_id": fork_id,
             "session_id": session_id,

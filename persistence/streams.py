@@ -457,7 +457,8 @@ class Streams(Repository):
             if await self._delete(partition, only_expired=True) is not None:
                 deleted += 1
                 return True
-            return self._alive(await self._look(partition)) is not None  # its new deadline is noted
+            live = self._alive(await self._look(partition))
+            return live is not None and live.last.ttl > 0  # its new deadline is noted
 
         await self._deadlines.sweep(_KIND, expire)
         return deleted

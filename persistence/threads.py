@@ -41,7 +41,7 @@ from persistence.errors import (
 from persistence.keys import after
 from persistence.numbering import BLOCK, BLOCKS, Numbers, place
 from persistence.pieces import Cut, Span, count, digest, runs, subtract, union
-from persistence.store import Body, pack
+from persistence.store import ENCRYPTED, Body, pack
 from persistence.thread_reader import (
     CHECKPOINT,
     HEAD,
@@ -207,6 +207,8 @@ class Threads(ThreadReader):
         self._remember(partition, warm, new.cut, plan.placed)
         # The checkpoint is stored; what cannot be removed now, `repair` will.
         with suppress(UnavailableError, OutcomeUnknownError):
+            if new.expires_at is not None:
+                await self._note_again(partition, new.expires_at)
             await self._remove_hints(change.hints)
             if change.head.dr or change.head.sw:
                 await self._clean_up(partition, warm)
@@ -542,7 +544,16 @@ class Threads(ThreadReader):
                 return None
             return replace(head, e=expires_at), []
 
-        return await self._edit(partition, change)
+        if not await self._edit(partition, change):
+            return False
+        if expires_at is not None:
+            await self._note_again(partition, expires_at)
+        return True
+
+    async def _note_again(self, partition: str, expires_at: int) -> None:
+        """Note a deadline that a sweep may have found before the thread said so, and taken for an old one."""
+        if self.store.clock() >= expires_at:
+            await self.deadlines.put(partition, expires_at)
 
     async def fork(self, thread_id: str, new: New, source_id: str) -> CheckpointBody:
         """Put a child of checkpoint `source_id` with the very same state: a reference, no data."""
@@ -649,6 +660,10 @@ class Threads(ThreadReader):
         try:
             copied: set[int] = set()
             async for entries in self.pages(source, spans):
+                for one in entries:
+                    if one.value.startswith(ENCRYPTED):
+                        message = "a piece of a checkpoint cannot be decrypted"
+                        raise CorruptRecordError(message, partition=source, key=one.key)
                 copied.update(number_of(source, entry.key) for entry in entries)
                 if not await self._put_in_batches(target, check, (Put(e.key, e.value) for e in entries)):
                     raise ConflictError(changed, partition=target)

@@ -11,6 +11,7 @@ import pytest
 
 from persistence import (
     ConflictError,
+    CorruptRecordError,
     InvalidValueError,
     NotFoundError,
     OutcomeUnknownError,
@@ -268,3 +269,65 @@ async def test_huge_numbers_are_typed_errors_or_for_ever() -> None:
         await p.sessions.set_expiry("s", 10**400)
     with pytest.raises(InvalidValueError):
         await p.repair(tombstone_days="7")  # type: ignore[arg-type]
+
+
+async def test_an_unreadable_deadline_is_named_and_keeps_no_other_thing_alive() -> None:
+    now = 1_000_000_000_000
+    memory = MemoryDriver()
+    p = await create_persistence(memory, clock=lambda: now)
+    for id in "ab":
+        await p.sessions.save_session({**SESSION, "session_id": id, "expires_at": now + 1000})
+    held = memory._partitions[f"index/deadlines/{now // 3_600_000}"].entries
+    held[min(held)] = held[min(held)]._replace(value=b"{torn")
+    now += 2000
+    with pytest.raises(CorruptRecordError):
+        await p.sessions.delete_expired()
+    assert [name for name in memory._partitions if name.startswith("session/")] == ["session/a", "session/b"]
+    assert b'"deleted"' in memory._partitions["session/b"].entries["record"].value
+    assert (await p.repair()).corrupt_count == 1
+
+
+@pytest.mark.parametrize("how", ["set_expiry", "put"])
+async def test_a_deadline_that_was_swept_before_its_thread_said_so_is_noted_again(how: str) -> None:
+    now = 1_000_000_000_000
+    driver = Between(MemoryDriver())
+    p = await create_persistence(driver, clock=lambda: now)
+    other = await create_persistence(driver.memory, clock=lambda: now)
+    await p.checkpoints.put("t", {}, expires_at=now + 10_000_000)
+
+    async def sweep() -> None:
+        nonlocal now
+        now += 2000
+        await other.checkpoints.delete_expired()
+
+    driver.when = lambda name, first: name == "commit" and first[0].partition == "thread/t"
+    driver.do = sweep
+    if how == "put":
+        await p.checkpoints.put("t", {}, expires_at=now + 1000)
+    else:
+        await p.checkpoints.set_expiry("t", now + 1000)
+    assert await other.checkpoints.delete_expired() > 0
+
+
+async def test_an_image_is_not_forked_whose_new_session_is_deleted_meanwhile() -> None:
+    driver, p, other = await two()
+    await p.sessions.add_messages("s", [{"n": n} for n in range(2000)])
+    await p.images.save_image({"image_id": "i", "container_id": "c", "session_id": "s", "name": "n"})
+    driver.when = lambda name, first: name == "commit" and first[0].partition == "session/new"
+    driver.after = True
+    driver.do = lambda: other.sessions.delete_session("new")
+    with pytest.raises(NotFoundError):
+        await p.images.fork_image("i", new_session_id="new")
+
+
+async def test_a_deadline_on_its_way_is_found_though_its_hour_was_swept() -> None:
+    now = 1_000_000_000_000
+    memory = MemoryDriver()
+    p = await create_persistence(memory, clock=lambda: now)
+    await p.sessions.save_session(SESSION)
+    await p.sessions.set_expiry("s", now - 3_600_000)
+    hour = f"index/deadlines/{now // 3_600_000 - 1}"
+    on_its_way = memory._partitions.pop(hour)  # the two parts of a deadline come in any order
+    await p.sessions.delete_expired()
+    memory._partitions[hour] = on_its_way
+    assert (await p.sessions.delete_expired()).sessions == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,16 @@ from persistence import (
     CorruptRecordError,
     LLMProviderRecord,
     SessionRecord,
+    UnavailableError,
     create_persistence,
+    filesystem_driver,
     memory_driver,
     sqlite_driver,
 )
 from persistence.driver import Key, Put, Write
+from persistence.drivers.memory import MemoryDriver
 from persistence.encryption import EncryptedDriver, encrypted
+from persistence.store import ENCRYPTED, SEAL
 from persistence.testing import DriverConformance, MakeDriver
 
 KEY, NEW_KEY = secrets.token_bytes(32), secrets.token_bytes(32)
@@ -77,9 +83,64 @@ async def test_a_changed_or_moved_value_is_corrupt(change: str) -> None:
         "clear": b"1",
     }[change]
     await inner.commit([Write("p", (Put("b", value),), 6)])
-    with pytest.raises(CorruptRecordError) as caught:
-        await driver.get([Key("p", "b")])
-    assert (caught.value.partition, caught.value.key) == ("p", "b")
+    (found,) = await driver.get([Key("p", "b")])
+    assert found is not None
+    assert found.value == ENCRYPTED  # no JSON: the core refuses it, and may delete it
+
+
+async def test_what_cannot_be_decrypted_is_corrupt_and_can_be_deleted() -> None:
+    inner = memory_driver()
+    async with create_persistence(encrypted(inner, KEY)) as p:
+        await p.sessions.save_session(SessionRecord(session_id="s", image_id="i", container_id="c"))
+        await p.checkpoints.put("t", {"messages": [{"content": f"{n}" * 900} for n in range(9)]})
+    async with create_persistence(encrypted(inner, NEW_KEY, KEY)):
+        pass
+    async with create_persistence(encrypted(inner, NEW_KEY)) as p:
+        with pytest.raises(CorruptRecordError, match="not decrypted") as caught:
+            await p.sessions.find_session_by_id("s")
+        assert (caught.value.partition, caught.value.key) == ("session/s", "record")
+        assert await p.sessions.delete_session("s")
+        assert await p.sessions.find_session_by_id("s") is None
+
+
+async def test_a_piece_that_cannot_be_decrypted_is_not_copied() -> None:
+    inner = memory_driver()
+    async with create_persistence(encrypted(inner, KEY)) as p:
+        await p.checkpoints.put("t", {"messages": [{"content": f"{n}" * 900} for n in range(9)]})
+        held = inner._partitions["thread/t"].entries
+        key = max(key for key in held if key.startswith("piece/"))
+        held[key] = held[key]._replace(value=held[key].value[:-1])
+        with pytest.raises(CorruptRecordError):
+            await p.checkpoints.copy_thread("t", "u")
+
+
+async def test_many_may_begin_an_encrypted_store_at_once(tmp_path: Path) -> None:
+    async def begin() -> None:
+        async with create_persistence(encrypted(filesystem_driver(tmp_path), KEY)) as p:
+            await p.sessions.add_message("s", {})
+
+    await asyncio.gather(*(begin() for _ in range(32)))
+
+
+async def test_what_was_encrypted_before_there_were_seals_opens_with_its_key() -> None:
+    inner = memory_driver()
+    async with create_persistence(encrypted(inner, KEY)) as p:
+        await p.sessions.add_message("s", {"n": 1})
+    await inner.purge(*SEAL, None)
+    with pytest.raises(ConfigurationError, match="none of the keys"):
+        await create_persistence(encrypted(inner, NEW_KEY))
+    async with create_persistence(encrypted(inner, KEY)) as p:
+        assert await p.sessions.get_messages("s") == [{"n": 1}]
+    assert await inner.get([SEAL]) != [None]
+
+
+async def test_a_seal_that_could_not_be_written_is_told() -> None:
+    class Lossy(MemoryDriver):
+        async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+            return [None] * len(writes)
+
+    with pytest.raises(UnavailableError):
+        await create_persistence(encrypted(Lossy(), KEY))
 
 
 @pytest.mark.parametrize("keys", [(), (b"short",), ("x" * 32,), (KEY, b"")])

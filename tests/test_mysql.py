@@ -640,3 +640,22 @@ async def test_tls_is_used_where_it_is_asked_for_or_there_is_no_connection(
         await on.MySQLDriver(server("mysql").url, ssl_ca=str(ours.authority)).open()
     with pytest.raises(ConfigurationError, match="ssl_ca"):
         on.MySQLDriver(secured, ssl=False, ssl_ca=str(ours.authority))
+
+
+async def test_who_says_that_he_has_no_tls_is_not_told_the_password(on: ModuleType) -> None:
+    heard: list[bytes] = []
+
+    async def lie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        greeting = b"\x0a8.0.30\0\1\0\0\0" + b"a" * 8 + b"\0\x08\xa2\x21\2\0\x08\0\x15"  # all but CLIENT_SSL
+        greeting += bytes(10) + b"b" * 12 + b"\0mysql_clear_password\0"
+        writer.write(len(greeting).to_bytes(3, "little") + b"\0" + greeting)
+        heard.append(await reader.read(1000))
+        writer.close()
+
+    async with await asyncio.start_server(lie, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        with pytest.raises(PersistenceError):
+            await on.MySQLDriver(f"mysql://me:secret@127.0.0.1:{port}/db", ssl=True, timeout=1).open()
+        listening.close()
+        await asyncio.sleep(0.05)
+    assert b"secret" not in b"".join(heard)
