@@ -78,7 +78,7 @@ _Outcomes: TypeAlias = list[bool | None]
 # An upsert would have to insert this `_id` beside the one of its filter: the server refuses with error 66.
 _GONE = {"$setOnInsert": {"_id": 0}}
 _REFUSED = (66, 11000)  # immutable field: see above; duplicate key
-_FORBIDDEN = (13, 18)  # unauthorized, authentication failed
+_FORBIDDEN = (13, 18, 73)  # unauthorized, authentication failed, invalid namespace
 _EXISTS = 48
 _WIRE_VERSION = 13  # MongoDB 5.0
 _SNAPSHOT = ReadConcern("snapshot")

@@ -308,6 +308,10 @@ class MySQLDriver:
             try:
                 self._pool = self._client or await _make_pool(self._pool_size, self._connect_options)
                 await self._prepare()
+            except TypeError as error:  # an option of the pool that is no such value
+                await self.close()
+                message = f"mysql: {error}"
+                raise ConfigurationError(message) from error
             except BaseException:
                 await self.close()
                 raise
@@ -515,6 +519,8 @@ class MySQLDriver:
             except (AttributeError, TypeError, ValueError) as error:  # port=, charset=, an option unknown
                 message = f"mysql: {error}"
                 raise ConfigurationError(message) from error
+            except RuntimeError as error:
+                raise UnavailableError("mysql: the pool passed in as client is closed") from error
             in_order = False
             try:
                 if connection not in self._configured:
@@ -680,7 +686,7 @@ def _translated(error: Exception) -> PersistenceError:
     code = _code(error)
     if (refused := untrusted(error, "mysql", "ssl_ca=")) is not None:
         return refused
-    text = f"mysql: {code} {error.args[-1]}" if code else f"mysql: {error or 'no answer in time'}"
+    text = f"mysql: {code} {error.args[-1]}" if code else f"mysql: {str(error) or 'no answer in time'}"
     if code in _CORRUPT:
         return CorruptRecordError(text)
     if code in _NO_CLIENT_PLUGIN or not (_broken(code) or code in _BUSY):

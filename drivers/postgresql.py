@@ -114,10 +114,15 @@ SELECT ARRAY(SELECT w FROM refused)
 WHERE 1 / ((SELECT count(*) FROM stored) = (SELECT count(*) FROM due))::int = 1
 """
 
-# Locks keys that may be absent: they are there afterwards, for this transaction.
+# Locks keys ($3) that may be absent: they are there afterwards, for this transaction. It first locks, in
+# order as `_COMMIT` does, what is there of all keys of the Write ($2): else the two would deadlock.
 _HOLD = """
+WITH held AS MATERIALIZED (
+  SELECT t.k FROM unnest($2::bytea[]) AS op(k) JOIN {table} AS t ON t.p = $1 AND t.k = op.k
+  ORDER BY t.k FOR UPDATE OF t
+)
 INSERT INTO {table} AS t (p, k, v, ver)
-SELECT p, k, '', 1 FROM unnest($1::bytea[], $2::bytea[]) AS op(p, k) ORDER BY p, k
+SELECT $1, k, '', 1 FROM unnest($3::bytea[]) AS op(k) WHERE (SELECT count(*) FROM held) >= 0 ORDER BY k
 ON CONFLICT (p, k) DO UPDATE SET ver = t.ver
 """
 
@@ -190,7 +195,7 @@ _DOWN = (
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,  # shutdown, crash, statement_timeout
     asyncpg.InsufficientResourcesError,
-    asyncpg.ObjectNotInPrerequisiteStateError,  # lock_timeout
+    asyncpg.LockNotAvailableError,  # lock_timeout
     asyncpg.ReadOnlySQLTransactionError,  # a primary that has become a standby
     asyncpg.IdleInTransactionSessionTimeoutError,
     *_RETRIED,
@@ -470,16 +475,18 @@ class PostgreSQLDriver:
         The other Writes lock every key they name: by its row, or by inserting it. A key that is absent and
         shall stay so has neither, and two Writes that cross there would each be half done.
         """
+        keys = [op.key.encode() for op in write.ops]
         held = [op.key.encode() for op in write.ops if isinstance(op, Delete) and op.expect is None]
 
         async def work(connection: Any) -> bool:
             transaction = connection.transaction()
             await transaction.start()
             try:
-                await connection.execute(self._hold, [name] * len(held), held)
+                await connection.execute(self._hold, name, keys, held)
                 refused = await self._apply(connection, _columns([name], [write]))
             except asyncpg.PostgresError:
-                await transaction.rollback()
+                if not connection.is_closed():  # else what asyncpg says of the rollback hides why
+                    await transaction.rollback()
                 raise
             await (transaction.rollback() if refused else transaction.commit())
             return not refused

@@ -270,7 +270,7 @@ class RedisDriver:
                     await self._client.initialize()
                 for node in self._nodes():
                     await self._inspect(node)
-        except TypeError as error:  # redis-py finds out only when it connects
+        except (TypeError, AttributeError, LookupError) as error:  # redis-py finds out only when it connects
             await self.close()
             message = f"redis: {error}"
             raise ConfigurationError(message) from error

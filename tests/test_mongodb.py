@@ -431,3 +431,9 @@ async def test_partitions_pass_by_a_large_one(server: Servers) -> None:
 
 def test_it_is_a_driver() -> None:
     assert isinstance(MongoDBDriver(), Driver)
+
+
+async def test_a_name_that_no_collection_can_have_is_an_error_of_configuration(server: Servers) -> None:
+    driver = MongoDBDriver(server("mongodb").url, collection="system.mine")
+    with pytest.raises(ConfigurationError, match="system"):
+        await driver.open()

@@ -659,3 +659,35 @@ async def test_who_says_that_he_has_no_tls_is_not_told_the_password(on: ModuleTy
         listening.close()
         await asyncio.sleep(0.05)
     assert b"secret" not in b"".join(heard)
+
+
+async def test_a_server_that_hangs_is_told_as_such(on: ModuleType, server: Servers) -> None:
+    async with (
+        Proxy(server("mysql").port) as proxy,
+        opened(on, server("mysql").url_at(proxy.port), timeout=1) as driver,
+    ):
+        proxy.stall()
+        with pytest.raises(UnavailableError, match="no answer in time"):
+            await driver.get([Key("p", "a")])
+        await proxy.resume()
+
+
+async def test_an_option_of_the_pool_that_is_no_such_value_is_an_error_of_configuration(
+    on: ModuleType, server: Servers
+) -> None:
+    for option in ("minsize", "pool_recycle"):
+        with pytest.raises(ConfigurationError):
+            await on.from_url(f"{server('mysql').url}?{option}=x").open()
+
+
+async def test_a_pool_that_its_owner_closed_is_told_as_such(on: ModuleType, server: Servers) -> None:
+    parts = urlsplit(server("mysql").url)
+    pool = await on.client_library.create_pool(
+        minsize=0, host=parts.hostname, port=parts.port, user=parts.username,
+        password=unquote(parts.password or ""), db=parts.path[1:], client_flag=1 << 16,
+    )  # fmt: skip
+    async with opened(on, None, client=pool) as driver:
+        pool.close()
+        await pool.wait_closed()
+        with pytest.raises(UnavailableError, match="is closed"):
+            await driver.get([Key("p", "a")])

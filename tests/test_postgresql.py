@@ -581,3 +581,35 @@ async def test_a_commit_under_cancellation_leaves_no_connection_behind(server: S
                 await task
             page = await driver.scan("p", "", None, limit=9)
             assert [entry.key for entry in page.entries] in ([], ["a", "b"])
+
+
+async def test_deletes_of_absent_keys_among_other_ops_do_not_deadlock(server: Servers) -> None:
+    url = server("postgresql").url
+    deletes = (Put("a", b""), Delete("b"), Put("c", b""), Delete("absent"))
+    puts = (Put("a", b""), Put("b", b""), Put("c", b""))
+    async with opened(url, pool_size=8) as driver, asyncio.timeout(DEADLINE):
+
+        async def write(ops: tuple[Put | Delete, ...]) -> None:
+            for version in range(1, 40):
+                assert await driver.commit([Write("p", ops, version)]) == [True]
+
+        await asyncio.gather(*(write(ops) for ops in (deletes, puts) * 4))
+
+
+async def test_a_connection_lost_in_a_transaction_is_told_as_such(server: Servers) -> None:
+    async with (
+        Proxy(server("postgresql").port) as proxy,
+        opened(server("postgresql").url_at(proxy.port), pool_size=1) as driver,
+    ):
+        write = Write("p", (Put("a", b""), Delete("absent")), 1)
+        assert await driver.commit([write]) == [True]
+        sent = proxy.requests
+        assert await driver.commit([write]) == [True]
+        proxy.cut_after(requests=proxy.requests - sent - 20)  # at the COMMIT
+        with pytest.raises(UnavailableError, match="connection was closed"):
+            await driver.commit([write])
+
+
+async def test_a_setting_that_no_session_can_change_is_an_error_of_configuration(server: Servers) -> None:
+    with pytest.raises(ConfigurationError, match='"ssl" cannot be changed'):
+        await from_url(f"{server('postgresql').url}?ssl=true").open()

@@ -222,6 +222,9 @@ async def test_a_malformed_url_is_an_error_of_configuration_and_stays_secret(url
 async def test_an_unknown_option_is_an_error_of_configuration(server: Servers) -> None:
     with pytest.raises(ConfigurationError, match="socket_timeouts"):
         await RedisDriver(server("redis").url, socket_timeouts=3).open()
+    for option in ("credential_provider", "encoding", "retry"):
+        with pytest.raises(ConfigurationError):
+            await from_url(f"{server('redis').url}?{option}=x").open()
     with pytest.raises(ConfigurationError, match="prefix"):
         RedisDriver(prefix="{}")
     with pytest.raises(ConfigurationError, match="timeout='soon'"):
