@@ -717,9 +717,3 @@ def test_closed_output_is_no_error(tmp_path: Path) -> None:
 
 def test_a_narrow_terminal_shows_ids(imported: str) -> None:
     assert "airline" in run("sessions", imported, COLUMNS="30").stdout
-
-
-def test_a_folder_is_no_sqlite_file(tmp_path: Path) -> None:
-    result = run("sessions", f"sqlite:///{tmp_path}")
-    assert result.exit_code != 0
-    assert "is a folder" in result.output

@@ -112,7 +112,7 @@ async def test_create_false_makes_neither_file_nor_table(path: Path) -> None:
 
 
 async def test_a_folder_in_place_of_the_file_is_a_configuration_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="unable to open"):
+    with pytest.raises(ConfigurationError, match="is a folder"):
         await sqlite_driver(tmp_path).open()
 
 
