@@ -208,7 +208,7 @@ class Checkpoints(Repository):
         whole thread goes; it stays as it was if none is given. `now`: the
         checkpoint's time, by default the store's clock.
         """
-        _check_id(thread_id, "thread_id")
+        encode_id(thread_id, "thread_id")
         new = New(
             cut=cut(snapshot, self.threads.memo(thread_id)),
             at=_time(now, "now"),
@@ -332,12 +332,7 @@ class Checkpoints(Repository):
         """
         source = await self.threads.find(thread_id, checkpoint_id)
         if source is None:
-            message = (
-                f"no thread {thread_id!r:.80}"
-                if checkpoint_id is None
-                else f"no checkpoint {checkpoint_id!r:.80}"
-            )
-            raise NotFoundError(message, partition=self.threads.partition(thread_id))
+            raise self._not_found(thread_id, checkpoint_id)
         new = New(
             cut=cut(None),
             at=_time(now, "now"),
@@ -398,8 +393,7 @@ class Checkpoints(Repository):
         for checkpoint_id in (a, b):
             found = await self.threads.read(thread_id, checkpoint_id)
             if found is None:
-                message = f"no checkpoint {checkpoint_id!r:.80}"
-                raise NotFoundError(message, partition=self.threads.partition(thread_id))
+                raise self._not_found(thread_id, checkpoint_id)
             states.append(found[1])
         changes: builtins.list[Change] = []
         _compare(states[0], states[1], (), changes)
@@ -422,12 +416,10 @@ class Checkpoints(Repository):
     @public
     async def count_threads(self, *, timeout: float | None = None) -> int:
         """Count the threads. Reads the head of each."""
-        counted, cursor = 0, None
-        while True:
-            heads, cursor = await self.threads.threads(limit=_PAGE, cursor=cursor)
-            counted += len(heads)
-            if cursor is None:
-                return counted
+        counted = 0
+        async for _ in self._thread_ids(self.threads, None):
+            counted += 1
+        return counted
 
     @public
     async def get_thread(self, thread_id: str, *, timeout: float | None = None) -> ThreadMeta | None:
@@ -444,8 +436,7 @@ class Checkpoints(Repository):
         Its space is freed by `delete_expired` and by `repair`. Raises `NotFoundError`.
         """
         if not await self.threads.expire(thread_id, _time(expires_at, "expires_at")):
-            message = f"no thread {thread_id!r:.80}"
-            raise NotFoundError(message, partition=self.threads.partition(thread_id))
+            raise self._not_found(thread_id)
 
     @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> int:
@@ -531,24 +522,16 @@ class Checkpoints(Repository):
         Ordered by id, which is the order in which they were stored, all that
         match are read for each page.
         """
-        _check_texts(agent_id=agent_id, session_id=session_id, agent_type=agent_type, name=name)
+        wanted = {"session_id": session_id, "agent_type": agent_type, "name": name}
+        _check_texts(agent_id=agent_id, **wanted)
         if agent_id is not None:
             place = _by("agent", agent_id)
         elif session_id is not None:
             place = _by("session", session_id)
         else:
             place = Place("index/named-checkpoints")
-
-        def match(thread_id: str, body: CheckpointBody) -> bool:
-            return (
-                (agent_id is None or thread_id == agent_id)
-                and (session_id is None or body.x.get("session_id") == session_id)
-                and (agent_type is None or body.x.get("agent_type") == agent_type)
-                and (name is None or body.x.get("name") == name)
-            )
-
         page = await self._named_page(
-            self.agents, place, match, before, after, limit, cursor, order_by, order_dir
+            self.agents, place, agent_id, wanted, before, after, limit, cursor, order_by, order_dir
         )
         items = (AgentCheckpointListItem(**self._agent_fields(id, body)) for id, body in page)
         return Listing(items, cursor=page.cursor)
@@ -675,6 +658,14 @@ class Checkpoints(Repository):
 
     # ---- behind the calls
 
+    def _not_found(self, thread_id: str, checkpoint_id: str | None = None) -> NotFoundError:
+        message = (
+            f"no thread {thread_id!r:.80}"
+            if checkpoint_id is None
+            else f"no checkpoint {checkpoint_id!r:.80}"
+        )
+        return NotFoundError(message, partition=self.threads.partition(thread_id))
+
     async def _prune(
         self,
         threads: Threads,
@@ -767,32 +758,30 @@ class Checkpoints(Repository):
         limit: int | None,
         cursor: str | None,
     ) -> Listing[tuple[str, CheckpointBody]]:
-        _check_texts(session_id=session_id, hostname=hostname, working_directory=working_directory)
-
-        def match(thread_id: str, body: CheckpointBody) -> bool:
-            return (
-                (session_id is None or thread_id == session_id)
-                and (hostname is None or body.x.get("hostname") == hostname)
-                and (working_directory is None or body.x.get("working_directory") == working_directory)
-            )
-
+        wanted = {"hostname": hostname, "working_directory": working_directory}
+        _check_texts(session_id=session_id, **wanted)
         place = Place("index/app-checkpoints")
-        return await self._named_page(
-            self.apps, place, match, before, after, limit, cursor, "created_at", "DESC"
-        )
+        return await self._named_page(self.apps, place, session_id, wanted, before, after, limit, cursor)
 
     async def _named_page(
         self,
         threads: Threads,
         place: Place,
-        match: Callable[[str, CheckpointBody], bool],
+        thread_id: str | None,
+        fields: Mapping[str, str | None],
         before: int | None,
         after: int | None,
         limit: int | None,
         cursor: str | None,
-        order_by: str,
-        order_dir: str,
+        order_by: str = "created_at",
+        order_dir: str = "DESC",
     ) -> Listing[tuple[str, CheckpointBody]]:
+        """Return a page of what is listed at `place`: of one thread, and with these fields, where given."""
+
+        def match(of: str, body: CheckpointBody) -> bool:
+            return thread_id in (None, of) and wanted <= body.x.items()
+
+        wanted = {name: text for name, text in fields.items() if text is not None}.items()
         _check_limit(limit)
         if order_by not in ("created_at", "id") or order_dir not in ("ASC", "DESC"):
             message = f"order_by={order_by!r}, order_dir={order_dir!r}: use created_at or id, ASC or DESC"
@@ -843,17 +832,14 @@ class Checkpoints(Repository):
     ) -> AsyncIterator[tuple[str, tuple[str, CheckpointBody]]]:
         """Yield what is listed at a place and is there."""
         coalescer = self._store.coalescer
-        more = True
-        while more:
-            page = await coalescer.scan(place.partition, start, end, limit=_PAGE // 2, reverse=reverse)
-            hints = [self._store.unpack(threads.hint_decoder, place.partition, e) for e in page.entries]
+        pages = coalescer.pages(place.partition, start, end, limit=_PAGE // 2, reverse=reverse)
+        async for listed in pages:
+            hints = [self._store.unpack(threads.hint_decoder, place.partition, e) for e in listed]
             partitions = [threads.partition(hint.of) for hint in hints]
             keys = [Key(name, HEAD) for name in partitions]
             keys += [Key(name, CHECKPOINT + hint.id) for name, hint in zip(partitions, hints, strict=True)]
             entries = await coalescer.get(keys)
-            for index, (hint_entry, hint, name) in enumerate(
-                zip(page.entries, hints, partitions, strict=True)
-            ):
+            for index, (hint_entry, hint, name) in enumerate(zip(listed, hints, partitions, strict=True)):
                 try:
                     body = threads.chosen(name, [entries[index], entries[index + len(hints)]], hint.id)
                 except CorruptRecordError:
@@ -862,33 +848,18 @@ class Checkpoints(Repository):
                     continue
                 if match(hint.of, body):
                     yield hint_entry.key, (hint.of, body)
-            more = page.more
-            if more and reverse:
-                end = page.entries[-1].key
-            elif more:
-                start = after_key(page.entries[-1].key)
 
-    def _agent_fields(self, thread_id: str, body: CheckpointBody) -> dict[str, Any]:
-        extra = self._metadata(self.agents, thread_id, body)
+    def _agent_fields(self, agent_id: str, body: CheckpointBody) -> dict[str, Any]:
         own = {name: body.x.get(name, "") for name in ("session_id", "agent_type", "name")}
-        return {
-            "id": f"{body.id}:{thread_id}",
-            "agent_id": thread_id,
-            **own,
-            "created_at": body.at,
-            "extra": extra,
-        }
+        return {"agent_id": agent_id, **own, **self._fields_of_all(self.agents, agent_id, body)}
 
-    def _app_fields(self, thread_id: str, body: CheckpointBody) -> dict[str, Any]:
-        extra = self._metadata(self.apps, thread_id, body)
+    def _app_fields(self, session_id: str, body: CheckpointBody) -> dict[str, Any]:
         own = {name: body.x.get(name, "") for name in ("hostname", "working_directory")}
-        return {
-            "id": f"{body.id}:{thread_id}",
-            "session_id": thread_id,
-            **own,
-            "created_at": body.at,
-            "extra": extra,
-        }
+        return {"session_id": session_id, **own, **self._fields_of_all(self.apps, session_id, body)}
+
+    def _fields_of_all(self, threads: Threads, thread_id: str, body: CheckpointBody) -> dict[str, Any]:
+        extra = self._metadata(threads, thread_id, body)
+        return {"id": f"{body.id}:{thread_id}", "created_at": body.at, "extra": extra}
 
     async def _thread_ids(self, threads: Threads, thread_id: str | None) -> AsyncIterator[str]:
         if thread_id is not None:
@@ -986,10 +957,6 @@ def _named_id(id: str) -> tuple[str, str] | None:
 
 
 # ---- what callers give
-
-
-def _check_id(id: str, what: str) -> None:
-    encode_id(id, what)
 
 
 def _check_limit(limit: int | None) -> None:

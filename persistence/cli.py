@@ -651,15 +651,11 @@ def _existing(url: str) -> str:
 # ---- printing
 
 
-def _console() -> Console:
+def _print(thing: Table | Text) -> None:
     console = Console(file=sys.stdout, highlight=False)
     if not sys.stdout.isatty():
         console.width = max(console.width, _PIPE_WIDTH)
-    return console
-
-
-def _print(thing: Table | Text) -> None:
-    _console().print(thing)
+    console.print(thing)
 
 
 def _progress(*columns: Any) -> Progress:

@@ -115,7 +115,7 @@ async def backoff(attempt: int) -> None:
 
 
 class Tries:
-    """Pauses between the tries of who meets other writers, until it takes too long."""
+    """Retries after conflicts with other writers: pauses between them, an error once the time is up."""
 
     def __init__(self, partition: str) -> None:
         self._partition = partition
@@ -132,7 +132,7 @@ class Tries:
 
 
 def outpaced(partition: str) -> UnavailableError:
-    """Return the error for who met other writers until it took too long."""
+    """Return the error for a writer that lost to others until its time was up."""
     message = f"other writers were faster for {RETRY_SECONDS:.0f} seconds"
     return UnavailableError(message, partition=partition)
 
@@ -184,7 +184,7 @@ class Reply(Protocol):
     """Who is told what became of a write: an ``asyncio.Future[int]``, or whatever acts like one."""
 
     def done(self) -> bool:
-        """Tell that nobody waits any more: what has not left yet is dropped then."""
+        """Tell whether nobody waits any more: then a write that was not sent yet is dropped."""
         ...
 
     def set_result(self, result: int, /) -> None:
@@ -196,7 +196,7 @@ class Reply(Protocol):
         ...
 
     def cancel(self) -> object:
-        """Learn that the loop ends, and nobody will tell."""
+        """Take note that the event loop ends: there will be no answer."""
         ...
 
 
@@ -404,15 +404,17 @@ class Coalescer:
         return await self._run(call)
 
     async def pages(
-        self, partition: str, start: str, end: str | None, *, limit: int
+        self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
     ) -> AsyncIterator[list[Entry]]:
         """Yield the entries of a range, at most `limit` at a time."""
         more = True
         while more:
-            page = await self.scan(partition, start, end, limit=limit)
+            page = await self.scan(partition, start, end, limit=limit, reverse=reverse)
             yield page.entries
             more = page.more
-            if more:
+            if more and reverse:
+                end = page.entries[-1].key
+            elif more:
                 start = after(page.entries[-1].key)
 
     async def names(self, partition: str, prefix: str) -> list[str]:

@@ -266,12 +266,11 @@ class Collection(Generic[R]):
         """Replace a record by a tombstone; return what it was, None if there was nothing.
 
         `cascade` is noted in the tombstone until `finish` is called, so that
-        `repair` can go on after a crash. `bury` writes the given Put with
-        whatever belongs to it and returns the version, `ABSENT` if refused, or
-        None where there is nothing to delete; by default it is just put over a
-        record. `only` says of which record it is to be done at all. One that
-        cannot be read is deleted too, but where it would have to be asked: it
-        would stand in the way of its listings for ever.
+        `repair` can go on after a crash. `bury` writes the given Put, with more
+        if it likes, and returns the version, `ABSENT` if refused, or None if
+        there is nothing to delete; without it the Put is written over a record.
+        `only` must be true of the record. A record that cannot be read is
+        deleted too, as its listings would fail for ever; with `only` it raises.
         """
         partition = self.kind.partition(id)
         tries = Tries(partition)

@@ -42,10 +42,10 @@ class Deadlines:
         )
 
     async def sweep(self, kind: str, expire: Callable[[str], Awaitable[object]]) -> None:
-        """Call `expire` for each partition of a kind whose time may have come: it looks for itself.
+        """Call `expire` for each partition of a kind that may have expired; it must check that itself.
 
-        What it returns is true if the entry has done its duty. One that has not
-        is looked at again for an hour: the entry comes before the thing itself.
+        If it returns something true, the entry is removed; else once it is an
+        hour old, for an entry is put before the thing that expires.
         """
         coalescer, now = self._store.coalescer, self._store.clock()
         unreadable: CorruptRecordError | None = None

@@ -345,7 +345,7 @@ class Log:
         return tail
 
     def _take(self, partition: str, queue: deque[_Append], tail: Tail) -> list[_Append]:
-        """Take the appends that leave together. None while some wait: look at the end first."""
+        """Take the appends that leave together. If it takes none and some wait, read the end first."""
         batch: list[_Append] = []
         onces: set[str] = set()
         ops = size = 0
@@ -783,7 +783,7 @@ class Log:
 
 
 async def _steadily(work: Callable[[], Awaitable[T]]) -> T:
-    """Do what reads a sequence, again if entries were hidden meanwhile. What stays missing is corrupt."""
+    """Run `work`, a read, and again if entries were hidden meanwhile. What stays missing is corrupt."""
     missing = set()
     for attempt in range(_READ_TRIES - 1):
         try:

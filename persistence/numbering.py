@@ -16,9 +16,9 @@ from persistence.pieces import Cut, Span
 __all__ = ["BLOCK", "BLOCKS", "Numbers", "place"]
 
 BLOCKS: Final = 500_000_000_000
-"""Numbers from here on lie in blocks,"""
+"""The first number that belongs to a block."""
 BLOCK: Final = 100_000
-"""of so many."""
+"""How many numbers a block has."""
 
 _OPEN_BLOCKS = 16
 _GROWING = 4  # pieces that a list must have before it gets a block
@@ -39,7 +39,7 @@ class Numbers:
         return self.n
 
     def after(self, last: int, pieces: int) -> int:
-        """Return a number for what follows piece `last` in a list of so many: the next, if it is free."""
+        """Return a number for what follows piece `last` in a list of `pieces`: `last` + 1 if that is free."""
         if last >= BLOCKS:
             block, place = divmod(last - BLOCKS, BLOCK)
             if self.open.get(block) == last and place + 1 < BLOCK:
@@ -63,8 +63,8 @@ def place(
 ) -> tuple[list[int], list[int]]:
     """Return the number of each piece, and the indexes of those that are new.
 
-    `in_pieces`: the skeleton has become large; where that is because the
-    numbers of a state lie about in too many runs, all of it is new.
+    `in_pieces`: the skeleton has become large. If that is because the numbers
+    form too many runs, all pieces get new ones.
     """
     before = numbers.n, numbers.blocks, list(numbers.open.items())
     placed, fresh = _numbered(cut, known, numbers)

@@ -71,7 +71,7 @@ class StreamMeta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Head(Body):
-    """`life`: the present one; "" since `at`: there is none."""
+    """`life`: the id of the present life; "" if the stream was deleted, which was at `at`."""
 
     id: str = ""
     life: str = ""
@@ -234,7 +234,7 @@ class Streams(Repository):
 
     @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> int:
-        """Delete the streams whose time has come; return how many. Nobody sees them any more as it is."""
+        """Delete the expired streams, which nobody sees any more anyway; return how many."""
         return await self.sweep()
 
     @public
@@ -584,7 +584,7 @@ class Streams(Repository):
 
 
 def _continue(body: _PartBody, live: _End | None, limits: _Limits) -> None:
-    """Give a part what it says about the stream so far."""
+    """Fill in the fields of a part that sum up the stream so far."""
     before = _PartBody() if live is None else live.last
     size = body.c.size if isinstance(body.c, Chunks) else len(body.v) if isinstance(body.v, Raw) else 0
     body.z = before.z + size

@@ -269,12 +269,15 @@ class ThreadReader:
 
     async def live_head(self, thread_id: str) -> HeadBody | None:
         """Return the head of a thread that there is."""
-        partition = self.partition(thread_id)
-        (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
-        head = None if entry is None else self.head(partition, entry)
+        head, _ = await self.stored_head(self.partition(thread_id))
         if head is None or not head.holds_any() or not self.alive(head, self.store.clock()):
             return None
         return head
+
+    async def stored_head(self, partition: str) -> tuple[HeadBody | None, int]:
+        """Return the head that lies in `partition`, of whatever thread, and its version."""
+        (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
+        return (None, ABSENT) if entry is None else (self.head(partition, entry), entry.version)
 
     def chosen(
         self, partition: str, entries: Sequence[Entry | None], checkpoint_id: str | None
@@ -440,7 +443,7 @@ class ThreadReader:
         return Found(id, body)
 
     def kept_of(self, found: Found, thread_id: str) -> Kept:
-        """Return what removing needs to know of a checkpoint."""
+        """Return what must be known of a checkpoint to remove it."""
         if found.body is None:
             return Kept(found.id, None, [])
         return Kept(found.id, self.spans("", found.body), list(self.hints(found.body, thread_id)))

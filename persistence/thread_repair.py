@@ -43,10 +43,9 @@ class ThreadRepair:
     async def repair(self, partition: str, *, before: int) -> RepairedThread:
         """Finish what was left half done in a thread, and remove what nothing needs."""
         done = RepairedThread()
-        (entry,) = await self._store.coalescer.get([Key(partition, HEAD)])
-        if entry is None:
+        head, _ = await self._threads.stored_head(partition)
+        if head is None:
             return done
-        head = self._threads.head(partition, entry)
         now = self._store.clock()
         if head.gone is None and head.e is not None and head.e <= now:
             done.expired = True
@@ -59,11 +58,10 @@ class ThreadRepair:
             for id in stale:
                 await self._threads.abandon(partition, id)
             await self._threads.clean(partition)
-        (entry,) = await self._store.coalescer.get([Key(partition, HEAD)])
-        if entry is None:
+        head, version = await self._threads.stored_head(partition)
+        if head is None:
             return done
-        head = self._threads.head(partition, entry)
-        await self._sweep(partition, head, entry.version, done)
+        await self._sweep(partition, head, version, done)
         if head.holds_any():
             hint = Key(self._threads.listing.partition, self._threads.thread_hint(head))
             (listed,) = await self._store.coalescer.get([hint])
@@ -74,7 +72,7 @@ class ThreadRepair:
         elif not head.p and not done.pieces_removed and (head.gone or head.up or head.at) < before:
             done.forgotten = True
             if not self._dry_run:
-                await self._store.coalescer.write(partition, [Delete(HEAD, entry.version)])
+                await self._store.coalescer.write(partition, [Delete(HEAD, version)])
         return done
 
     async def _sweep(self, partition: str, head: HeadBody, version: int, done: RepairedThread) -> None:

@@ -125,8 +125,8 @@ class Threads(ThreadReader):
                     raise doubt
                 warm.head = None
                 continue
-            if new.cap is not None and head.k + 1 > new.cap and warm.kept is None:
-                warm.kept = [self.kept_of(one, head.id) for one in await self.listed(partition, head)]
+            if warm.kept is None:
+                warm.kept = await self._kept(partition, head, new)
             if upload.version and upload.id not in head.p:
                 upload.forget()  # the thread was deleted meanwhile, or repair found the upload too old
             plan = _planned(new.cut, head, version, {**known, **upload.known} if upload.version else known)
@@ -249,14 +249,15 @@ class Threads(ThreadReader):
                 for entry in entries:
                     known[digest(entry.value)] = number_of(partition, entry.key)
 
-        warm.kept = None
-        if new.cap is not None and head.k + 1 > new.cap:
-            _, found = await asyncio.gather(learn(), self.listed(partition, head))
-            warm.kept = [self.kept_of(one, head.id) for one in found]
-        else:
-            await learn()
+        _, warm.kept = await asyncio.gather(learn(), self._kept(partition, head, new))
         warm.head, warm.version, warm.known = head, entry.version, known
         return head
+
+    async def _kept(self, partition: str, head: HeadBody, new: New) -> list[Kept] | None:
+        """Return all checkpoints, oldest first, if a put will exceed the cap, so that some must go."""
+        if new.cap is None or head.k < new.cap:
+            return None
+        return [self.kept_of(found, head.id) for found in await self.listed(partition, head)]
 
     def _body(self, head: HeadBody, new: New, skeleton: bytes, written: int, now: int) -> CheckpointBody:
         id = self.store.ids()
@@ -329,7 +330,7 @@ class Threads(ThreadReader):
     async def abandon(self, partition: str, upload_id: str) -> None:
         """Give up an upload: what it wrote is dead."""
 
-        def end(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
+        async def end(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
             if upload_id not in head.p:
                 return None
             dead = union([*head.dr, *head.p[upload_id].spans])
@@ -354,26 +355,22 @@ class Threads(ThreadReader):
             hints: list[Key] = []
             listed: list[tuple[Key, Entry | None]] = []
 
-            async def prepare(head: HeadBody) -> None:
-                nonlocal hints, listed
+            async def bury(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
+                nonlocal removed, hints, listed
+                if head.gone is not None or not (head.holds_any() or head.p) or not wanted(head):
+                    return None
+                removed = head.k
                 key = Key(self.listing.partition, self.thread_hint(head))
-                (entry,) = await self.store.coalescer.get([key])
-                listed = [(key, entry)]
+                listed = [(key, entry) for entry in await self.store.coalescer.get([key])]
                 if self.places is not None:
                     found = await self.listed(partition, head)
                     hints = [
                         key for one in found if one.body is not None for key in self.hints(one.body, head.id)
                     ]
-
-            def bury(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
-                nonlocal removed
-                if head.gone is not None or not (head.holds_any() or head.p) or not wanted(head):
-                    return None
-                removed = head.k
                 uploads: list[Op] = [Delete(PENDING + id) for id in head.p]
                 return replace(_restarted(head, head.at), gone=self.store.clock()), uploads
 
-            if not await self._edit(partition, bury, prepare):
+            if not await self._edit(partition, bury):
                 return 0
             await self.clean(partition)
             await self._remove_hints(hints)
@@ -400,11 +397,8 @@ class Threads(ThreadReader):
         tries = Tries(partition)
         async with self._warm_of(partition).lock:
             while True:
-                (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
-                if entry is None:
-                    return removed, pieces
-                head = self.head(partition, entry)
-                if not self.alive(head, self.store.clock()):
+                head, version = await self.stored_head(partition)
+                if head is None or not self.alive(head, self.store.clock()):
                     return removed, pieces
                 found = await self.listed(partition, head)
                 chosen = set(choose(found))
@@ -415,10 +409,8 @@ class Threads(ThreadReader):
                     victims = victims[:at_once]
                 ids = {one.id for one in victims}
                 kept = [one for one in found if one.id not in ids]
-                gone = _only(
-                    (self.kept_of(one, head.id) for one in victims),
-                    [self.kept_of(one, head.id) for one in kept],
-                )
+                leaving = [self.kept_of(one, head.id) for one in victims]
+                gone = _only(leaving, [self.kept_of(one, head.id) for one in kept])
                 if dry_run:
                     return len(victims), count(gone)
                 if len(gone) > RUNS_AT_ONCE and len(victims) > 1:
@@ -434,31 +426,24 @@ class Threads(ThreadReader):
                 else:
                     left.dr = union([*left.dr, *gone])
                 self.forget(partition)
-                if not await self.store.coalescer.write(
-                    partition, [Put(HEAD, pack(left), entry.version), *ops]
-                ):
+                if not await self.store.coalescer.write(partition, [Put(HEAD, pack(left), version), *ops]):
                     await tries.another()
                     continue
                 removed += len(victims)
                 pieces += count(gone)
-                await self._remove_hints(
-                    key for one in victims if one.body is not None for key in self.hints(one.body, head.id)
-                )
+                await self._remove_hints(key for one in leaving for key in one.hints)
                 if left.dr:
                     await self.clean(partition)
 
     async def clean(self, partition: str) -> None:
         """Purge what the head says is gone, and then say so no more."""
-        (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
-        if entry is None:
-            return
-        head = self.head(partition, entry)
-        if not head.dr and not head.sw:
+        head, _ = await self.stored_head(partition)
+        if head is None or not (head.dr or head.sw):
             return
         await self._purge(partition, head)
         dead, floor = head.dr, head.fl
 
-        def cleaned(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
+        async def cleaned(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
             return replace(head, dr=subtract(head.dr, dead), sw=head.sw and head.fl != floor), []
 
         await self._edit(partition, cleaned)
@@ -487,34 +472,25 @@ class Threads(ThreadReader):
     async def _edit(
         self,
         partition: str,
-        change: Callable[[HeadBody], tuple[HeadBody, list[Op]] | None],
-        prepare: Callable[[HeadBody], Awaitable[None]] | None = None,
+        change: Callable[[HeadBody], Awaitable[tuple[HeadBody, list[Op]] | None]],
     ) -> bool:
         """Change the head, with the ops that belong to it, until nobody interferes. False: no change."""
         tries = Tries(partition)
         while True:
-            (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
-            if entry is None:
+            head, version = await self.stored_head(partition)
+            if head is None:
                 return False
-            head = self.head(partition, entry)
-            if prepare is not None:
-                await prepare(head)
-            changed = change(head)
+            changed = await change(head)
             if changed is None:
                 return False
             self.forget(partition)
-            ops = [Put(HEAD, pack(changed[0]), entry.version), *changed[1]]
+            ops = [Put(HEAD, pack(changed[0]), version), *changed[1]]
             if await self.store.coalescer.write(partition, ops):
                 return True
             await tries.another()
 
     async def relabel(self, thread_id: str, checkpoint_id: str, labels: Sequence[str]) -> CheckpointBody:
         """Replace the labels of a checkpoint."""
-        return await self._rewrite(thread_id, checkpoint_id, lambda body: replace(body, labels=list(labels)))
-
-    async def _rewrite(
-        self, thread_id: str, checkpoint_id: str, change: Callable[[CheckpointBody], CheckpointBody]
-    ) -> CheckpointBody:
         partition = self.partition(thread_id)
         tries = Tries(partition)
         while True:
@@ -524,7 +500,7 @@ class Threads(ThreadReader):
             if body is None or entries[0] is None:
                 raise _no_checkpoint(checkpoint_id, partition)
             head = self.head(partition, entries[0])
-            changed = change(body)
+            changed = replace(body, labels=list(labels))
             if head.l is not None and head.l.id == checkpoint_id:
                 head.l = changed
             self.forget(partition)
@@ -539,7 +515,7 @@ class Threads(ThreadReader):
         if expires_at is not None:
             await self.deadlines.put(partition, expires_at)
 
-        def change(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
+        async def change(head: HeadBody) -> tuple[HeadBody, list[Op]] | None:
             if not self.alive(head, self.store.clock()):
                 return None
             return replace(head, e=expires_at), []
@@ -551,7 +527,7 @@ class Threads(ThreadReader):
         return True
 
     async def _note_again(self, partition: str, expires_at: int) -> None:
-        """Note a deadline that a sweep may have found before the thread said so, and taken for an old one."""
+        """Note a deadline again if it has passed: a sweep may have removed it before the thread had it."""
         if self.store.clock() >= expires_at:
             await self.deadlines.put(partition, expires_at)
 
@@ -569,8 +545,7 @@ class Threads(ThreadReader):
                 warm = Warm()
                 warm.head = head = self.head(partition, entries[0])
                 warm.version = entries[0].version
-                if new.cap is not None and head.k + 1 > new.cap:
-                    warm.kept = [self.kept_of(found, head.id) for found in await self.listed(partition, head)]
+                warm.kept = await self._kept(partition, head, new)
                 now = self.store.clock()
                 body = self._body(head, new, bytes(source.s), 0, now)
                 body.z, body.parent = source.z, source_id
@@ -596,8 +571,7 @@ class Threads(ThreadReader):
         """
         source, target = self.partition(source_thread), self.partition(thread_id)
         for attempt in range(_COPY_TRIES):
-            (entry,) = await self.store.coalescer.get([Key(source, HEAD)])
-            head = None if entry is None else self.head(source, entry)
+            head, _ = await self.stored_head(source)
             if head is None or not self.alive(head, self.store.clock()):
                 message = f"no thread {source_thread!r}"
                 raise NotFoundError(message, partition=source)
@@ -627,9 +601,8 @@ class Threads(ThreadReader):
         upload_id = self.store.ids()
         spans = union(span for body in bodies for span in self.spans(source, body))
         now = self.store.clock()
-        (old,) = await self.store.coalescer.get([Key(target, HEAD)])
-        if old is not None:
-            was = self.head(target, old)
+        was, expected = await self.stored_head(target)
+        if was is not None:
             if self.alive(was, now):
                 message = f"there is a thread {thread_id!r} already"
                 raise ConflictError(message, partition=target)
@@ -650,7 +623,6 @@ class Threads(ThreadReader):
             p={upload_id: Upload(now, _given_out(head))},  # no others are there: few runs, however these lie
         )
         mark = Put(PENDING + upload_id, pack(Body()), ABSENT)
-        expected = ABSENT if old is None else old.version
         version = await self.store.coalescer.write(target, [Put(HEAD, pack(begun), expected), mark])
         if not version:
             message = f"somebody else has begun the thread {thread_id!r}"
@@ -668,8 +640,7 @@ class Threads(ThreadReader):
                 if not await self._put_in_batches(target, check, (Put(e.key, e.value) for e in entries)):
                     raise ConflictError(changed, partition=target)
             if len(copied) != count(spans):
-                (entry,) = await self.store.coalescer.get([Key(source, HEAD)])
-                now_head = None if entry is None else self.head(source, entry)
+                now_head, _ = await self.stored_head(source)
                 left = set() if now_head is None else {one.id for one in await self.listed(source, now_head)}
                 bodies = [body for body in bodies if body.id in left]
                 if not bodies:
@@ -750,8 +721,7 @@ class Threads(ThreadReader):
             nonlocal removed
             gone = await self.delete_expired(partition)
             removed += gone
-            (entry,) = await self.store.coalescer.get([Key(partition, HEAD)])
-            head = None if entry is None else self.head(partition, entry)
+            head, _ = await self.stored_head(partition)
             if head is None or head.e is None:
                 return gone > 0
             await self.deadlines.put(partition, head.e)  # not yet: a put has renewed it, within the hour
