@@ -476,7 +476,8 @@ class PostgreSQLDriver:
         shall stay so has neither, and two Writes that cross there would each be half done.
         """
         keys = [op.key.encode() for op in write.ops]
-        held = [op.key.encode() for op in write.ops if isinstance(op, Delete) and op.expect is None]
+        # Those it puts as well: else they would be inserted after the ones that it deletes, out of order.
+        held = [op.key.encode() for op in write.ops if op.expect is None]
 
         async def work(connection: Any) -> bool:
             transaction = connection.transaction()

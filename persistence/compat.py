@@ -10,6 +10,7 @@ What they hold is what `Persistence.checkpoints` holds; the two can be mixed.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import re
 from collections.abc import Callable, Mapping
@@ -148,20 +149,23 @@ class AgentCheckpointStorage:
         self.display_name = display_name
         self._driver = driver
         self._persistence: Persistence | None = None
+        self._turn = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.display_name}>"
 
     async def start(self) -> None:
         """Open the store, and create what is missing. Idempotent."""
-        if self._persistence is None:
-            self._persistence = await create_persistence(self._driver)
+        async with self._turn:
+            if self._persistence is None:
+                self._persistence = await create_persistence(self._driver)
 
     async def stop(self) -> None:
         """Close the store. Idempotent."""
-        opened, self._persistence = self._persistence, None
-        if opened is not None:
-            await opened.close()
+        async with self._turn:
+            opened, self._persistence = self._persistence, None
+            if opened is not None:
+                await opened.close()
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -49,28 +49,34 @@ class Deadlines:
         """
         coalescer, now = self._store.coalescer, self._store.clock()
         unreadable: CorruptRecordError | None = None
+        old = now - _HOUR_MS
         async for found in self._hours(f"{hour(now) + 1:012d}"):
             name = f"{_DEADLINES}/{int(found.key)}"
             async for entries in coalescer.pages(name, "", f"{now + 1:015d}", limit=_PAGE):
                 for entry in entries:
+                    partition = entry.key.partition("/")[2]
+                    if not partition.startswith(f"{kind}/"):
+                        continue
                     try:
-                        hint = self._store.unpack(self._hints, name, entry)
-                        if not hint.id.startswith(f"{kind}/"):
-                            continue
-                        done = await expire(hint.id)
+                        done = await expire(partition)
                     except CorruptRecordError as error:
                         unreadable = unreadable or error  # told once the others are gone
                         continue
-                    if done or hint.at <= now - _HOUR_MS:
+                    if done or self._noted(name, entry) <= old:
                         await coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
             rest = await coalescer.scan(name, "", None, limit=1)
-            noted = self._store.unpack(self._hints, _DEADLINES, found).at
             # Of a young one the entry may be on its way.
-            if not rest.entries and int(found.key) < hour(now) and noted <= now - _HOUR_MS:
+            if not rest.entries and int(found.key) < hour(now) and self._noted(_DEADLINES, found) <= old:
                 # Refused: a deadline of this hour has come in meanwhile.
                 await coalescer.write(_DEADLINES, [Delete(found.key, found.version)], hint=True)
         if unreadable is not None:
             raise unreadable
+
+    def _noted(self, partition: str, entry: Entry) -> int:
+        try:
+            return self._store.unpack(self._hints, partition, entry).at
+        except CorruptRecordError:
+            return 0  # what counts is in its key
 
     async def _hours(self, end: str) -> AsyncIterator[Entry]:
         async for entries in self._store.coalescer.pages(_DEADLINES, "", end, limit=_PAGE):

@@ -372,7 +372,7 @@ class Sessions(Repository):
 
         `last`: the last ones, that many. `after`, `before`: those behind or
         ahead of a number; `limit` keeps that many, the nearest to it. Without
-        them: all, or the first `limit`. None for a session that there is not.
+        them: all, or the first `limit`. No session, no messages: an empty list.
         """
         return [item.value for item in await self._read(session_id, last, after, before, limit)]
 

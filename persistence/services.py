@@ -23,6 +23,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, Final, Protocol, TypeVar
+from weakref import WeakSet
 
 import msgspec
 
@@ -53,6 +54,8 @@ _LISTED: Final = 100
 _READ_AT_ONCE: Final = 8  # states, which may be large
 _NAME_CHARS: Final = 40_000  # six bytes each at the most; all texts of a listing have 256 KiB
 _SHOWN_CHARS: Final = 80  # of a name, which may be a whole message
+
+_running: Final[WeakSet[AgentCheckpointService | AppCheckpointService]] = WeakSet()
 
 
 class CheckpointProvider(Protocol):
@@ -147,13 +150,13 @@ class AgentCheckpointService:
 
     async def start(self) -> None:
         """Start the provider, if that is one to be started. `ConfigurationError` if there is none."""
-        await _call_if_there(self.provider, "start")
+        await _start(self.provider, self)
 
     run = start  # as some call it
 
     async def stop(self) -> None:
-        """Stop the provider, if that is one to be stopped."""
-        await _call_if_there(self.provider, "stop")
+        """Stop the provider, if that is one to be stopped and no other service uses it."""
+        await _stop(self.provider, self)
 
     def attach(self, agent: HookedAgent, creation_context: list[str] | None = None) -> None:
         """Save a checkpoint of `agent` after every message that it has handled.
@@ -240,11 +243,11 @@ class AppCheckpointService:
         async with self._turn:
             if self._started:
                 return None
-            await _call_if_there(provider, "start")
+            await _start(provider, self)
             try:
                 found = await self._restored(provider) if self._restore else None
             except BaseException:
-                await _call_if_there(provider, "stop")
+                await _stop(provider, self)
                 raise
             self._started = True
             return found
@@ -267,7 +270,7 @@ class AppCheckpointService:
             checkpoint = {"session_id": self._app.session_id, "state": state, **self._place}
             id = await provider.store_app_checkpoint(checkpoint)
             self._started = False  # not before: what failed can be called again
-            await _call_if_there(provider, "stop")
+            await _stop(provider, self)
             return id
 
 
@@ -445,6 +448,21 @@ def _given(provider: P | None) -> P:
         message = "there is no checkpoint provider: call set_checkpoint_provider()"
         raise ConfigurationError(message)
     return provider
+
+
+async def _start(provider: object, service: AgentCheckpointService | AppCheckpointService) -> None:
+    _running.add(service)
+    try:
+        await _call_if_there(provider, "start")
+    except BaseException:
+        _running.discard(service)
+        raise
+
+
+async def _stop(provider: object, service: AgentCheckpointService | AppCheckpointService) -> None:
+    _running.discard(service)
+    if not any(other._provider is provider for other in _running):
+        await _call_if_there(provider, "stop")
 
 
 async def _call_if_there(provider: object, method: str) -> None:

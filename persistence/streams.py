@@ -300,9 +300,6 @@ class Streams(Repository):
                     warm.end = created
                     # The part is stored; what cannot be done now, `repair` will do.
                     with suppress(UnavailableError, OutcomeUnknownError):
-                        if hinted and self._store.clock() >= body.at + body.ttl:
-                            # It took so long that a sweep may have found the deadline, and no stream.
-                            await self._deadlines.put(partition, body.at + body.ttl)
                         if live is None and end is not None and end.life:
                             await self._drop_life(partition, end)
                     return created
@@ -454,11 +451,9 @@ class Streams(Repository):
 
         async def expire(partition: str) -> bool:
             nonlocal deleted
-            if await self._delete(partition, only_expired=True) is not None:
-                deleted += 1
-                return True
-            live = self._alive(await self._look(partition))
-            return live is not None and live.last.ttl > 0  # its new deadline is noted
+            gone = await self._delete(partition, only_expired=True) is not None
+            deleted += gone
+            return gone
 
         await self._deadlines.sweep(_KIND, expire)
         return deleted

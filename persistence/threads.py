@@ -207,8 +207,6 @@ class Threads(ThreadReader):
         self._remember(partition, warm, new.cut, plan.placed)
         # The checkpoint is stored; what cannot be removed now, `repair` will.
         with suppress(UnavailableError, OutcomeUnknownError):
-            if new.expires_at is not None:
-                await self._note_again(partition, new.expires_at)
             await self._remove_hints(change.hints)
             if change.head.dr or change.head.sw:
                 await self._clean_up(partition, warm)
@@ -520,16 +518,7 @@ class Threads(ThreadReader):
                 return None
             return replace(head, e=expires_at), []
 
-        if not await self._edit(partition, change):
-            return False
-        if expires_at is not None:
-            await self._note_again(partition, expires_at)
-        return True
-
-    async def _note_again(self, partition: str, expires_at: int) -> None:
-        """Note a deadline again if it has passed: a sweep may have removed it before the thread had it."""
-        if self.store.clock() >= expires_at:
-            await self.deadlines.put(partition, expires_at)
+        return await self._edit(partition, change)
 
     async def fork(self, thread_id: str, new: New, source_id: str) -> CheckpointBody:
         """Put a child of checkpoint `source_id` with the very same state: a reference, no data."""
@@ -722,10 +711,9 @@ class Threads(ThreadReader):
             gone = await self.delete_expired(partition)
             removed += gone
             head, _ = await self.stored_head(partition)
-            if head is None or head.e is None:
-                return gone > 0
-            await self.deadlines.put(partition, head.e)  # not yet: a put has renewed it, within the hour
-            return True
+            if head is not None and head.e is not None:
+                await self.deadlines.put(partition, head.e)  # not yet: a put has renewed it, within the hour
+            return gone > 0
 
         await self.deadlines.sweep(self.kind, expire)
         return removed

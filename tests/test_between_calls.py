@@ -11,7 +11,6 @@ import pytest
 
 from persistence import (
     ConflictError,
-    CorruptRecordError,
     InvalidValueError,
     NotFoundError,
     OutcomeUnknownError,
@@ -271,42 +270,52 @@ async def test_huge_numbers_are_typed_errors_or_for_ever() -> None:
         await p.repair(tombstone_days="7")  # type: ignore[arg-type]
 
 
-async def test_an_unreadable_deadline_is_named_and_keeps_no_other_thing_alive() -> None:
+@pytest.mark.parametrize("torn", ["index/deadlines", "index/deadlines/277777"])
+async def test_an_unreadable_deadline_does_its_duty_and_goes(torn: str) -> None:
     now = 1_000_000_000_000
     memory = MemoryDriver()
     p = await create_persistence(memory, clock=lambda: now)
+    await p.checkpoints.put("gone", {}, expires_at=now)
+    await p.checkpoints.delete("gone")
     for id in "ab":
         await p.sessions.save_session({**SESSION, "session_id": id, "expires_at": now + 1000})
-    held = memory._partitions[f"index/deadlines/{now // 3_600_000}"].entries
-    held[min(held)] = held[min(held)]._replace(value=b"{torn")
-    now += 2000
-    with pytest.raises(CorruptRecordError):
-        await p.sessions.delete_expired()
-    assert [name for name in memory._partitions if name.startswith("session/")] == ["session/a", "session/b"]
-    assert b'"deleted"' in memory._partitions["session/b"].entries["record"].value
-    assert (await p.repair()).corrupt_count == 1
+    await p.streams.append("later", 0, {}, ttl_seconds=7200)
+    held = memory._partitions[torn].entries
+    for key in [*held]:
+        held[key] = held[key]._replace(value=b"{torn")
+    now += 9_000_000
+    assert (await p.sessions.delete_expired()).sessions == 2
+    assert await p.checkpoints.delete_expired() == 0
+    assert await p.streams.delete_expired() == 1
+    assert not [name for name in memory._partitions if name.startswith("index/deadlines/")]
 
 
-@pytest.mark.parametrize("how", ["set_expiry", "put"])
-async def test_a_deadline_that_was_swept_before_its_thread_said_so_is_noted_again(how: str) -> None:
+@pytest.mark.parametrize("ahead", [0, 2000])
+@pytest.mark.parametrize("how", ["set_expiry", "put", "append"])
+async def test_a_deadline_that_is_swept_before_its_thing_says_so_stays(how: str, ahead: int) -> None:
     now = 1_000_000_000_000
     driver = Between(MemoryDriver())
     p = await create_persistence(driver, clock=lambda: now)
-    other = await create_persistence(driver.memory, clock=lambda: now)
+    other = await create_persistence(driver.memory, clock=lambda: now + ahead)
     await p.checkpoints.put("t", {}, expires_at=now + 10_000_000)
+    await p.streams.append("t", 0, {}, ttl_seconds=10_000)
 
     async def sweep() -> None:
         nonlocal now
-        now += 2000
+        now += 2000 - ahead
         await other.checkpoints.delete_expired()
+        await other.streams.delete_expired()
 
-    driver.when = lambda name, first: name == "commit" and first[0].partition == "thread/t"
+    driver.when = lambda name, first: name == "commit" and first[0].partition in ("thread/t", "stream/t")
     driver.do = sweep
     if how == "put":
         await p.checkpoints.put("t", {}, expires_at=now + 1000)
-    else:
+    elif how == "set_expiry":
         await p.checkpoints.set_expiry("t", now + 1000)
-    assert await other.checkpoints.delete_expired() > 0
+    else:
+        await p.streams.append("t", 1, {}, ttl_seconds=1)
+    now += 2000
+    assert await other.checkpoints.delete_expired() + await other.streams.delete_expired() > 0
 
 
 async def test_an_image_is_not_forked_whose_new_session_is_deleted_meanwhile() -> None:

@@ -146,6 +146,23 @@ async def test_start_is_idempotent_and_needed(tmp_path: Path) -> None:
     await one.stop()
 
 
+async def test_who_starts_and_stops_at_once_opens_it_once_and_leaves_it_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+
+    def opening(driver: Any) -> Any:
+        opened.append(driver)
+        return create_persistence(driver)
+
+    monkeypatch.setattr("persistence.compat.create_persistence", opening)
+    one = SQLiteStorage(str(tmp_path / "a.db"))
+    await asyncio.gather(one.start(), one.start(), one.stop())
+    assert len(opened) == 1
+    with pytest.raises(ConfigurationError, match="start"):
+        await one.list_checkpoints()
+
+
 def test_a_storage_says_what_it_is_and_no_secret() -> None:
     found: list[AgentCheckpointStorage] = [
         SQLiteStorage("data/agents.db"),

@@ -596,6 +596,17 @@ async def test_deletes_of_absent_keys_among_other_ops_do_not_deadlock(server: Se
         await asyncio.gather(*(write(ops) for ops in (deletes, puts) * 4))
 
 
+async def test_deletes_and_puts_of_absent_keys_do_not_deadlock(server: Servers) -> None:
+    shapes = ((Put("a", b""), Delete("b")), (Put("a", b""), Put("b", b"")), (Delete("a"), Delete("b")))
+    async with opened(server("postgresql").url, pool_size=6) as driver, asyncio.timeout(DEADLINE):
+
+        async def write(ops: tuple[Put | Delete, ...]) -> None:
+            for version in range(1, 40):
+                assert await driver.commit([Write("p", ops, version)]) == [True]
+
+        await asyncio.gather(*(write(ops) for ops in shapes * 2))
+
+
 async def test_a_connection_lost_in_a_transaction_is_told_as_such(server: Servers) -> None:
     async with (
         Proxy(server("postgresql").port) as proxy,

@@ -492,3 +492,25 @@ async def test_an_application_on_a_storage_of_the_ancestor_opens_and_closes_it(t
         await service.stop()
         with pytest.raises(ConfigurationError, match="call start"):
             await kept.list_checkpoints()
+
+
+async def test_services_that_share_a_storage_close_it_last(tmp_path: Path) -> None:
+    kept = storage({"type": "sqlite", "databasePath": str(tmp_path / "agents.db")})
+    agents = AgentCheckpointService(kept)
+    app = AppCheckpointService(CounterApp(), kept, project_directory="/work")
+    await asyncio.gather(agents.start(), app.start())
+    await agents.stop()
+    assert await app.stop() is not None
+    with pytest.raises(ConfigurationError, match="call start"):
+        await kept.list_checkpoints()
+    await agents.start()
+    await kept.store_app_checkpoint(
+        {"session_id": "s", "hostname": "h", "working_directory": "/", "state": {}}
+    )
+    failing = AppCheckpointService(
+        CounterApp(), kept, project_directory="/", hostname="h", restore_previous_state=True
+    )
+    with pytest.raises(KeyError):
+        await failing.start()
+    await agents.save_agent_checkpoint("still open", TodoAgent())
+    await agents.stop()
