@@ -182,6 +182,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "table": str,
     "pool_size": int,
     "timeout": float,
+    "connect_timeout": float,
     "ssl": flag,
     "ssl_ca": str,
 }
@@ -490,7 +491,8 @@ class MySQLDriver:
 
     async def _run(self, work: Callable[[Any], Awaitable[_T]]) -> _T:
         """Do `work` on a connection, and again while the server reports that it undid it all."""
-        if self._pool is None:
+        pool = self._pool
+        if pool is None:
             raise ConfigurationError("the driver is not open")
         deadline, tries = asyncio.get_running_loop().time() + self._timeout, 0
         while True:
@@ -502,7 +504,7 @@ class MySQLDriver:
                 else:
                     await self._slots.acquire()  # at once
                 try:
-                    return await self._on_connection(self._pool, work)
+                    return await self._on_connection(pool, work)
                 finally:
                     self._slots.release()
             except (MySQLError, OSError, EOFError) as error:
@@ -519,8 +521,9 @@ class MySQLDriver:
             except (AttributeError, TypeError, ValueError) as error:  # port=, charset=, an option unknown
                 message = f"mysql: {error}"
                 raise ConfigurationError(message) from error
-            except RuntimeError as error:
-                raise UnavailableError("mysql: the pool passed in as client is closed") from error
+            except RuntimeError as error:  # it was closed meanwhile, by its owner if that is another
+                message = f"mysql: {error}"
+                raise UnavailableError(message) from error
             in_order = False
             try:
                 if connection not in self._configured:

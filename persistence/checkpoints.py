@@ -427,7 +427,7 @@ class Checkpoints(Repository):
         head = await self.threads.live_head(thread_id)
         return None if head is None else _thread_meta(head)
 
-    @public
+    @public_change
     async def set_expiry(
         self, thread_id: str, expires_at: int | datetime | None, *, timeout: float | None = None
     ) -> None:

@@ -689,5 +689,5 @@ async def test_a_pool_that_its_owner_closed_is_told_as_such(on: ModuleType, serv
     async with opened(on, None, client=pool) as driver:
         pool.close()
         await pool.wait_closed()
-        with pytest.raises(UnavailableError, match="is closed"):
+        with pytest.raises(UnavailableError, match="closing pool"):
             await driver.get([Key("p", "a")])
