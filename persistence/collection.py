@@ -161,9 +161,8 @@ class Collection(Generic[R]):
         """Tell whether there is a record."""
         if self.kind.expires_at is not None:
             return await self.find(id) is not None
-        partition = self.kind.partition(id)
-        (entry,) = await self.store.coalescer.get([Key(partition, RECORD)])
-        return entry is not None and self._unpack(partition, entry).deleted is None
+        body = await self.load_body(self.kind.partition(id))
+        return body is not None and body.deleted is None
 
     def expired(self, record: R) -> bool:
         """Tell whether the time of a record has come: only what deletes it still sees it."""
@@ -174,14 +173,17 @@ class Collection(Generic[R]):
         """Return what lies under the key of the record."""
         return await self.load_partition(self.kind.partition(id))
 
-    async def load_partition(self, partition: str, *, values: bool = True) -> Loaded[R]:
-        """Return what lies under the key of the record of `partition`; without `values`, just its body."""
+    async def load_partition(self, partition: str) -> Loaded[R]:
+        """Return what lies under the key of the record of `partition`."""
+        found = await self._load_what_is_there(partition)
+        if found.fault is not None:
+            raise found.fault
+        return found
+
+    async def load_body(self, partition: str) -> RecordBody | None:
+        """Return the stored object of the record of `partition`, or of its tombstone, without its value."""
         (entry,) = await self.store.coalescer.get([Key(partition, RECORD)])
-        if entry is None:
-            return Loaded(None, None, ABSENT)
-        if values:
-            return await self._loaded(partition, entry)
-        return Loaded(None, self._unpack(partition, entry), entry.version)
+        return None if entry is None else self._unpack(partition, entry)
 
     async def save(
         self,

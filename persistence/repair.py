@@ -303,7 +303,7 @@ class Repair:
         collection = self._collections[partition.partition("/")[0]]
 
         async def used() -> set[str]:
-            body = (await collection.load_partition(partition, values=False)).body
+            body = await collection.load_body(partition)
             found = {body.c.id} if body is not None and isinstance(body.c, Chunks) else set()
             if collection.kind.name == "session":
                 found |= await self._sessions.log.chunk_ids(partition)

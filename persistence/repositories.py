@@ -843,7 +843,10 @@ class LLMProviders(Repository):
         if isinstance(record, Mapping):
             record = LLMProviderRecord.from_mapping(record)
         version = await self.records.save(record, expected_version=expected_version)
-        await self._set_default(record.container_id, record.id, record.is_default)
+        if record.is_default:
+            await self._choose(record.container_id, record.id)
+        else:
+            await self._withdraw(await self._chosen(record.container_id, record.id))
         return version
 
     @public
@@ -897,7 +900,7 @@ class LLMProviders(Repository):
         if found is None:
             message = f"no LLM provider {id!r}"
             raise NotFoundError(message, partition=LLM_PROVIDERS.partition(id))
-        await self._set_default(found.container_id, id, True)
+        await self._choose(found.container_id, id)
 
     @public
     async def llm_provider_exists(self, id: str, *, timeout: float | None = None) -> bool:
@@ -918,18 +921,8 @@ class LLMProviders(Repository):
         deleted = await self.records.delete(id, only=only)
         if deleted is None:
             return Deleted()
-        if chosen is not None:
-            key, version = chosen
-            await self._store.coalescer.write(key.partition, [Delete(key.key, version)], hint=True)
+        await self._withdraw(chosen)
         return Deleted(llm_providers=1)
-
-    async def _chosen(self, container_id: str, id: str) -> tuple[Key, int] | None:
-        """Return the entry that makes `id` the default of a container, and its version."""
-        key = _default_key(container_id)
-        (entry,) = await self._store.coalescer.get([key])
-        if entry is None or self._pointer(key, entry).id != id:
-            return None
-        return key, entry.version
 
     async def _marked(self, records: Sequence[LLMProviderRecord | None]) -> list[LLMProviderRecord]:
         found = [record for record in records if record is not None]
@@ -947,23 +940,31 @@ class LLMProviders(Repository):
             for container_id, key, entry in zip(containers, keys, entries, strict=True)
         }
 
-    async def _set_default(self, container_id: str, id: str, chosen: bool) -> None:
+    async def _choose(self, container_id: str, id: str) -> None:
+        """Make `id` the default of a container."""
         key = _default_key(container_id)
         tries = Tries(key.partition)
         while True:
             (entry,) = await self._store.coalescer.get([key])
-            version = ABSENT if entry is None else entry.version
-            if chosen:
-                pointer = HintBody(at=self._store.clock(), id=id, of=container_id)
-                op: Put | Delete = Put(key.key, pack(pointer), version)
-            elif entry is None or self._pointer(key, entry).id != id:
-                return
-            else:
-                op = Delete(key.key, version)
-            # A Delete is a hint: when it is refused, another has become the default.
-            if await self._store.coalescer.write(key.partition, [op], hint=not chosen) or not chosen:
+            pointer = HintBody(at=self._store.clock(), id=id, of=container_id)
+            put = Put(key.key, pack(pointer), ABSENT if entry is None else entry.version)
+            if await self._store.coalescer.write(key.partition, [put]):
                 return
             await tries.another()
+
+    async def _chosen(self, container_id: str, id: str) -> tuple[Key, int] | None:
+        """Return the entry that makes `id` the default of a container, and its version."""
+        key = _default_key(container_id)
+        (entry,) = await self._store.coalescer.get([key])
+        if entry is None or self._pointer(key, entry).id != id:
+            return None
+        return key, entry.version
+
+    async def _withdraw(self, chosen: tuple[Key, int] | None) -> None:
+        """Remove what `_chosen` has found. Refused: another has become the default since."""
+        if chosen is not None:
+            key, version = chosen
+            await self._store.coalescer.write(key.partition, [Delete(key.key, version)], hint=True)
 
     def _pointer(self, key: Key, entry: Entry) -> HintBody:
         return self._store.unpack(self.records.hint_decoder, key.partition, entry)
