@@ -187,8 +187,8 @@ def test_nothing_outlives_a_killed_run() -> None:
         assert run.stdout is not None
         pids, folder = json.loads(run.stdout.readline())
         everything = [pid for first in pids for pid in servers.family(first)]
-        assert len(everything) > 2  # PostgreSQL has children
-        assert all(map(servers.alive, everything))
+        assert all(map(servers.alive, pids))
+        assert len(everything) > len(pids)  # PostgreSQL has children (some of which end by themselves)
         # The guard sees that its parent is gone, although the fork holds the pipe to it.
         children = [pid for pid in servers.family(run.pid)[1:] if pid not in everything]
         run.kill()
