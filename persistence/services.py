@@ -27,6 +27,7 @@ from weakref import WeakSet
 
 import msgspec
 
+from persistence import codec
 from persistence.checkpoints import AgentCheckpointListItem, StoredAgentCheckpoint, StoredAppCheckpoint
 from persistence.collection import Listing
 from persistence.compat import camel_case
@@ -415,12 +416,13 @@ class CheckpointRPC:
 
     async def stream_checkpoints(self) -> AsyncIterator[dict[str, Any]]:
         """Yield a page of the newest checkpoints, now and whenever it has changed, until it is closed."""
-        shown: dict[str, Any] | None = None
+        shown = None
         while True:
             listed = await self.list_checkpoints()
-            if listed != shown:
+            encoded = codec.encode(listed)  # a NaN in it is not equal to itself
+            if encoded != shown:
                 yield listed
-                shown = listed
+                shown = encoded
             await asyncio.sleep(self._interval)
 
     async def get_checkpoint(self, id: str) -> dict[str, Any]:

@@ -55,6 +55,7 @@ MAX_BYTES: Final = 100_000_000
 CHUNK: Final = "chunk/"
 INLINE_BYTES: Final = MAX_VALUE_BYTES - 4096  # leaves room for the rest of the object
 
+_UNDECRYPTED = "it is encrypted (persistence.encryption), and was not decrypted with any of the keys given"
 _CHUNK_BYTES = 1_000_000
 _CHUNKS_AT_ONCE = 4  # fit into one Write, and bound what a read holds beside the value
 
@@ -142,6 +143,11 @@ class Store:
             raise CorruptRecordError(message, partition=partition, key=entry.key)
         return body
 
+    def check_decrypted(self, partition: str, entry: Entry) -> None:
+        """Raise `CorruptRecordError` if `entry`, to be passed on as it is, could not be decrypted."""
+        if entry.value.startswith(ENCRYPTED):
+            raise CorruptRecordError(_UNDECRYPTED, partition=partition, key=entry.key)
+
     async def refill(self, partition: str, body: Body, value: Any) -> None:
         """Write the chunks anew of a `body`, if it has any, whose Write was refused.
 
@@ -202,7 +208,7 @@ def _chunk_key(id: str, index: int) -> str:
 
 def _foreign(text: bytes) -> str | None:
     if text.startswith(ENCRYPTED):
-        return "it is encrypted (persistence.encryption), and was not decrypted with any of the keys given"
+        return _UNDECRYPTED
     try:
         found = _format.decode(text).f
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

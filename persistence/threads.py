@@ -41,7 +41,7 @@ from persistence.errors import (
 from persistence.keys import after
 from persistence.numbering import BLOCK, BLOCKS, Numbers, place
 from persistence.pieces import Cut, Span, count, digest, runs, subtract, union
-from persistence.store import ENCRYPTED, Body, pack
+from persistence.store import Body, pack
 from persistence.thread_reader import (
     CHECKPOINT,
     HEAD,
@@ -622,9 +622,7 @@ class Threads(ThreadReader):
             copied: set[int] = set()
             async for entries in self.pages(source, spans):
                 for one in entries:
-                    if one.value.startswith(ENCRYPTED):
-                        message = "a piece of a checkpoint cannot be decrypted"
-                        raise CorruptRecordError(message, partition=source, key=one.key)
+                    self.store.check_decrypted(source, one)
                 copied.update(number_of(source, entry.key) for entry in entries)
                 if not await self._put_in_batches(target, check, (Put(e.key, e.value) for e in entries)):
                     raise ConflictError(changed, partition=target)

@@ -110,7 +110,7 @@ async def test_a_piece_that_cannot_be_decrypted_is_not_copied() -> None:
         held = inner._partitions["thread/t"].entries
         key = max(key for key in held if key.startswith("piece/"))
         held[key] = held[key]._replace(value=held[key].value[:-1])
-        with pytest.raises(CorruptRecordError):
+        with pytest.raises(CorruptRecordError, match="not decrypted"):
             await p.checkpoints.copy_thread("t", "u")
 
 

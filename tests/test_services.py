@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -360,7 +361,7 @@ async def test_a_stream_tells_of_changes_alone(make_driver: MakeDriver) -> None:
         await changed()
         first = await p.checkpoints.store_checkpoint(checkpoint("a", "first", 1))
         await changed("first")
-        await p.checkpoints.store_checkpoint(checkpoint("a", "second", 2))
+        await p.checkpoints.store_checkpoint(checkpoint("a", "second", 2) | {"score": math.nan})
         await changed("second", "first")
         await p.checkpoints.delete_checkpoint(first)
         await changed("second")
