@@ -10,6 +10,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import stat
 import sys
 import tempfile
@@ -616,12 +617,20 @@ def find_fault(
 def _run(work: Coroutine[Any, Any, T], *, resumable: bool = False) -> T:
     again = "; the same command resumes" if resumable else ""
     try:
-        return asyncio.run(work)
+        return asyncio.run(_interruptible(work))
     except PersistenceError as error:
         _fail_with(error, again)
     except KeyboardInterrupt:
         typer.echo(f"interrupted{again}", err=True)
         raise typer.Exit(130) from None
+
+
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
+    # With a handler of its own the loop is woken by every signal. Without one it sleeps on when Ctrl-C
+    # comes just as it begins to wait.
+    with suppress(RuntimeError):  # not on Windows, nor in another thread than the first
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    return await work
 
 
 def _fail_with(error: PersistenceError, again: str = "") -> NoReturn:

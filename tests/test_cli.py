@@ -322,7 +322,8 @@ def test_a_bar_is_drawn_on_a_terminal_beside_clean_output(
     assert done.stdout.startswith(b"sessions added: ")
 
 
-def test_an_interrupt_ends_it_cleanly_and_says_how_to_go_on(url: str, conversations: Conversations) -> None:
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_it_cleanly_and_says_how_to_go_on(url: str, sign: signal.Signals) -> None:
     command = (sys.executable, "-m", "persistence", "import", "-", "--to", url)
     pipe = subprocess.PIPE
     # Whoever runs the tests in the background may have them ignore the signal, and so would the child.
@@ -337,7 +338,7 @@ def test_an_interrupt_ends_it_cleanly_and_says_how_to_go_on(url: str, conversati
         child.stdin.write(b"nonsense\n")
         child.stdin.flush()
         assert child.stderr.readline().startswith(b"line 1: ")  # it runs, and waits for more
-        child.send_signal(signal.SIGINT)
+        child.send_signal(sign)
         assert child.wait() == 130
         assert child.stderr.read() == b"interrupted; the same command resumes\n"
 
