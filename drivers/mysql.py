@@ -143,7 +143,7 @@ FROM {table};
 
 _SESSION = (
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;"
-    " SET SESSION autocommit = 1, sql_mode = 'STRICT_ALL_TABLES', sql_notes = 0,"
+    " SET SESSION autocommit = 1, sql_mode = 'TRADITIONAL', sql_notes = 0,"
     " innodb_lock_wait_timeout = {lock_wait}"
 )
 _SETTINGS = (
@@ -219,8 +219,8 @@ class MySQLDriver:
     statement to run (`ddl`). `pool_size` is how many connections there may be. `timeout` is how many seconds
     to wait for a connection or a reply; the server waits half of it for a lock.
 
-    Each session is READ COMMITTED, autocommit and STRICT_ALL_TABLES. `durability` cannot change what the
-    server does; `open` compares and warns on the logger "persistence". "power" needs
+    Each session is READ COMMITTED, autocommit and TRADITIONAL, which is strict. `durability` cannot change
+    what the server does; `open` compares and warns on the logger "persistence". "power" needs
     ``innodb_flush_log_at_trx_commit=1``, and ``sync_binlog=1`` where there is a binary log. "process" says
     that the end of this process loses nothing, which is so with any setting; with others than these the
     server loses about its last second with its machine. `open` also warns of a ``max_allowed_packet`` that

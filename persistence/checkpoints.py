@@ -32,10 +32,12 @@ from persistence.threads import New, Threads
 __all__ = [
     "AgentCheckpointListItem",
     "AppCheckpointListItem",
+    "AppSessionCheckpoint",
     "Change",
     "Checkpoint",
     "CheckpointMeta",
     "Checkpoints",
+    "NamedAgentCheckpoint",
     "Pruned",
     "StoredAgentCheckpoint",
     "StoredAppCheckpoint",
@@ -114,6 +116,18 @@ class Change(msgspec.Struct, frozen=True):
     after: Any = None
 
 
+class NamedAgentCheckpoint(msgspec.Struct, kw_only=True):
+    """A checkpoint of an agent to store. Without `created_at` it is of now."""
+
+    agent_id: str
+    session_id: str
+    agent_type: str
+    name: str
+    state: Any
+    created_at: int | None = None
+    extra: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
 class AgentCheckpointListItem(msgspec.Struct, kw_only=True):
     """A named checkpoint without its state. `extra` has the fields that this library does not know."""
 
@@ -130,6 +144,17 @@ class StoredAgentCheckpoint(AgentCheckpointListItem):
     """A named checkpoint."""
 
     state: Any
+
+
+class AppSessionCheckpoint(msgspec.Struct, kw_only=True):
+    """A checkpoint of an application to store. Without `created_at` it is of now."""
+
+    session_id: str
+    hostname: str
+    working_directory: str
+    state: Any
+    created_at: int | None = None
+    extra: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class AppCheckpointListItem(msgspec.Struct, kw_only=True):
@@ -254,10 +279,10 @@ class Checkpoints(Repository):
     async def list(
         self,
         thread_id: str,
-        *,
         limit: int | None = None,
         before: str | None = None,
         after: str | None = None,
+        *,
         metadata: Mapping[str, Any] | None = None,
         label: str | None = None,
         run_id: str | None = None,
@@ -317,7 +342,7 @@ class Checkpoints(Repository):
         labels: Iterable[str] = (),
         run_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-        max_checkpoints_per_thread: int | None = DEFAULT_CAP,
+        max_checkpoints_per_thread: int | None = None,
         now: float | datetime | Callable[[], float] | None = None,
         timeout: float | None = None,
     ) -> CheckpointMeta:
@@ -327,7 +352,8 @@ class Checkpoints(Repository):
         whatever the size of the state. Go on with `put`, whose parent is the
         latest checkpoint, or with ``parent_id=`` on any branch. With
         `new_thread_id` the branch is a thread of its own, which shares nothing
-        with its source: that costs a copy of this one state.
+        with its source: that costs a copy of this one state. Nothing goes for
+        it, unless `max_checkpoints_per_thread` says so.
         Raises `NotFoundError` if there is no such checkpoint.
         """
         source = await self.threads.find(thread_id, checkpoint_id)
@@ -471,7 +497,7 @@ class Checkpoints(Repository):
     @public
     async def store_checkpoint(
         self,
-        checkpoint: Mapping[str, Any] | StoredAgentCheckpoint,
+        checkpoint: Mapping[str, Any] | NamedAgentCheckpoint | StoredAgentCheckpoint,
         *,
         expected_latest: str | Literal[0] | None = None,
         max_checkpoints_per_agent: int | None = None,
@@ -564,7 +590,7 @@ class Checkpoints(Repository):
     @public
     async def store_app_checkpoint(
         self,
-        checkpoint: Mapping[str, Any] | StoredAppCheckpoint,
+        checkpoint: Mapping[str, Any] | AppSessionCheckpoint | StoredAppCheckpoint,
         *,
         expected_latest: str | Literal[0] | None = None,
         max_checkpoints_per_session: int | None = None,

@@ -49,6 +49,7 @@ __all__ = [
     "SQLiteStorage",
     "StorageConfig",
     "camel_case",
+    "migrate_snapshot",
     "storage",
     "storage_config",
 ]
@@ -190,11 +191,12 @@ class AgentCheckpointStorage:
         """Return a checkpoint of an agent, None if there is none."""
         return await self._checkpoints.retrieve_checkpoint(str(id))
 
-    async def list_checkpoints(
-        self, *, limit: int | None = None, cursor: str | None = None
-    ) -> Listing[AgentCheckpointListItem]:
-        """Return all checkpoints of agents without their states, newest first, or a page of them."""
-        return await self._checkpoints.list_checkpoints(limit=limit, cursor=cursor)
+    async def list_checkpoints(self, **filters: Any) -> Listing[AgentCheckpointListItem]:
+        """Return the checkpoints of agents without their states, newest first, all or those asked for.
+
+        `filters` are those of `Checkpoints.list_checkpoints`: agent_id, session_id, limit, cursor, …
+        """
+        return await self._checkpoints.list_checkpoints(**filters)
 
     # as coded
 
@@ -297,6 +299,18 @@ class PostgresStorage(AgentCheckpointStorage):
 # ---- threads of snapshots
 
 
+def migrate_snapshot(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a snapshot of an agent in the present version, 2; one that is of it as it is.
+
+    Raises `InvalidValueError` for a version that is not known.
+    """
+    version = snapshot.get("version") if isinstance(snapshot, Mapping) else None
+    if type(version) is int and version in (1, 2):
+        return snapshot if version == 2 else {**snapshot, "version": 2}
+    message = f"a snapshot of version {version!r:.80} is not known; use 1 or 2"
+    raise InvalidValueError(message)
+
+
 class Checkpointer:
     """Threads of snapshots: what agents call ``checkpointer``. `now` gives Unix milliseconds."""
 
@@ -327,9 +341,11 @@ class Checkpointer:
         """Return a snapshot, by default the latest; None if there is none."""
         return await self._checkpoints.get(thread_id, checkpoint_id)
 
-    async def list(self, thread_id: str, options: Mapping[str, Any] | None = None) -> Listing[CheckpointMeta]:
-        """Return what is known of the checkpoints, newest first; ``{"limit": …}`` at most so many."""
-        options = {} if options is None else options
+    async def list(
+        self, thread_id: str, options: Mapping[str, Any] | None = None, **more: Any
+    ) -> Listing[CheckpointMeta]:
+        """Return what is known of the checkpoints, newest first, at most `limit` (or ``{"limit": …}``)."""
+        options = more if options is None else options
         if not isinstance(options, Mapping) or not options.keys() <= {"limit"}:
             message = f"options={options!r:.80}: only a limit can be given"
             raise InvalidValueError(message)

@@ -62,20 +62,19 @@ _running: Final[WeakSet[AgentCheckpointService | AppCheckpointService]] = WeakSe
 class CheckpointProvider(Protocol):
     """What keeps the checkpoints of agents. One with `start` and `stop` is started and stopped."""
 
-    async def store_checkpoint(
-        self, checkpoint: Mapping[str, Any], /, *, max_checkpoints_per_agent: int | None = None
-    ) -> str:
-        """Store a checkpoint; return its new id."""
+    async def store_checkpoint(self, checkpoint: Mapping[str, Any], /) -> str:
+        """Store a checkpoint; return its new id.
+
+        It takes `max_checkpoints_per_agent` as well if the service was given that.
+        """
         ...
 
     async def retrieve_checkpoint(self, id: str, /) -> StoredAgentCheckpoint | None:
         """Return a checkpoint, None if there is none."""
         ...
 
-    async def list_checkpoints(
-        self, *, limit: int | None = None, cursor: str | None = None
-    ) -> Listing[AgentCheckpointListItem]:
-        """Return checkpoints without their states, newest first; with the cursor of a page, the next one."""
+    async def list_checkpoints(self) -> Sequence[AgentCheckpointListItem]:
+        """Return checkpoints, newest first; one that takes `limit` and `cursor` may give a page of them."""
         ...
 
 
@@ -86,10 +85,11 @@ class AppCheckpointProvider(Protocol):
         """Store a checkpoint; return its new id."""
         ...
 
-    async def retrieve_latest_app_checkpoint(
-        self, *, hostname: str | None = None, working_directory: str | None = None
-    ) -> StoredAppCheckpoint | None:
-        """Return the newest checkpoint, None if there is none."""
+    async def retrieve_latest_app_checkpoint(self) -> StoredAppCheckpoint | None:
+        """Return the newest checkpoint, None if there is none.
+
+        If it takes `hostname` and `working_directory`, of those.
+        """
         ...
 
 
@@ -164,16 +164,17 @@ class AgentCheckpointService:
 
         `creation_context`: what the agent is told when it is made; where its checkpoints go is added.
         """
-        provider = self.provider
         agent.enable_hook(AutoCheckpoint(self))
         if creation_context is not None:
+            provider = self.provider
             shown = getattr(provider, "display_name", type(provider).__name__)
             creation_context.append(f"Checkpoint provider: {shown}")
 
     async def save_agent_checkpoint(self, name: str, agent: Agent) -> str:
         """Store a checkpoint of `agent` as it is now; return its id."""
         checkpoint = {**await _awaited(agent.generate_checkpoint()), "name": name}
-        return await self.provider.store_checkpoint(checkpoint, **self._options)
+        store: Callable[..., Awaitable[str]] = self.provider.store_checkpoint
+        return await store(checkpoint, **self._options)
 
     async def restore_agent_checkpoint(self, id: str, agent: Agent) -> None:
         """Give `agent` the state of a checkpoint. `NotFoundError` if there is none."""
@@ -191,7 +192,8 @@ class AgentCheckpointService:
         self, *, limit: int | None = None, cursor: str | None = None
     ) -> Listing[AgentCheckpointListItem]:
         """Return the checkpoints of all agents without their states, newest first, or a page of them."""
-        return await self.provider.list_checkpoints(limit=limit, cursor=cursor)
+        found = await _asked(self.provider.list_checkpoints, limit=limit, cursor=cursor)
+        return found if isinstance(found, Listing) else Listing(found[:limit])
 
 
 class AutoCheckpoint:
@@ -200,11 +202,13 @@ class AutoCheckpoint:
     name: ClassVar[str] = "@tokenring-ai/checkpoint/autoCheckpoint"
     display_name: ClassVar[str] = "Checkpoint after every input"
 
-    def __init__(self, service: AgentCheckpointService) -> None:
+    def __init__(self, service: AgentCheckpointService | None) -> None:
         self._service = service
 
-    async def after_input(self, agent: Agent, message: str) -> str:
-        """Save a checkpoint; return its id."""
+    async def after_input(self, agent: Agent, message: str) -> str | None:
+        """Save a checkpoint; return its id. Without a service nothing is saved."""
+        if self._service is None:
+            return None
         return await self._service.save_agent_checkpoint(_as_name(message), agent)
 
 
@@ -254,7 +258,7 @@ class AppCheckpointService:
             return found
 
     async def _restored(self, provider: AppCheckpointProvider) -> StoredAppCheckpoint | None:
-        found = await provider.retrieve_latest_app_checkpoint(**self._place)
+        found = await _asked(provider.retrieve_latest_app_checkpoint, **self._place)
         if found is not None:
             await _awaited(self._app.restore_state(found.state))
         return found
@@ -443,6 +447,14 @@ class CheckpointRPC:
         if found is None:
             return {"status": "checkpointNotFound"}
         return {"status": "success", "agentId": await self._launch(found, headless)}
+
+
+async def _asked(method: Callable[..., Awaitable[T]], **options: Any) -> T:
+    """Call a provider's method with those of the options that it takes."""
+    takes = inspect.signature(method).parameters.values()
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes):
+        options = {one.name: options[one.name] for one in takes if one.name in options}
+    return await method(**options)
 
 
 def _given(provider: P | None) -> P:

@@ -49,8 +49,8 @@ ENCRYPTED: Final = b"\x01"
 SEAL: Final = Key("encryption", "seal")
 """Where an encrypted store has a value that its keys alone open (`persistence.encryption`)."""
 
-MAX_BYTES: Final = 100_000_000
-"""The longest value, in bytes of JSON."""
+MAX_BYTES: Final = 101 << 20
+"""The longest value, in bytes of JSON: a hundred megabytes of either kind, and what JSON adds to them."""
 
 CHUNK: Final = "chunk/"
 INLINE_BYTES: Final = MAX_VALUE_BYTES - 4096  # leaves room for the rest of the object

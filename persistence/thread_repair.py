@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import msgspec
@@ -13,12 +14,13 @@ from persistence.errors import CorruptRecordError
 from persistence.keys import prefix_end
 from persistence.pieces import Span, count, runs, subtract, union
 from persistence.store import pack
-from persistence.thread_reader import HEAD, PAGE, PIECE, Found, HeadBody, checkpoint_key, number_of
+from persistence.thread_reader import HEAD, PAGE, PENDING, PIECE, Found, HeadBody, checkpoint_key, number_of
 from persistence.threads import RUNS_AT_ONCE, Threads
 
 __all__ = ["RepairedThread", "ThreadRepair"]
 
-_UPLOAD_AGE_MS = 3_600_000  # an upload older than this is given up
+_UPLOAD_PAUSE = 3.0
+"""Seconds in which who is putting a large state puts some of it."""
 
 
 class RepairedThread(msgspec.Struct):
@@ -52,7 +54,7 @@ class ThreadRepair:
             if not self._dry_run:
                 await self._threads.delete_expired(partition)
             return done
-        stale = [id for id, upload in head.p.items() if upload.at < now - _UPLOAD_AGE_MS]
+        stale = await self._stale_uploads(partition, head)
         done.uploads_ended = len(stale)
         if not self._dry_run:
             for id in stale:
@@ -74,6 +76,20 @@ class ThreadRepair:
             if not self._dry_run:
                 await self._store.coalescer.write(partition, [Delete(HEAD, version)])
         return done
+
+    async def _stale_uploads(self, partition: str, head: HeadBody) -> list[str]:
+        """Return the uploads that do not go on. If their writer was not killed after all, it begins again."""
+        if not head.p:
+            return []
+        marks = [Key(partition, PENDING + id) for id in head.p]
+        before = await self._store.coalescer.get(marks)
+        await asyncio.sleep(_UPLOAD_PAUSE)
+        after = await self._store.coalescer.get(marks)
+        return [
+            id
+            for id, was, now in zip(head.p, before, after, strict=True)
+            if (was and was.version) == (now and now.version)
+        ]
 
     async def _sweep(self, partition: str, head: HeadBody, version: int, done: RepairedThread) -> None:
         """Remove the pieces that no checkpoint needs; name the checkpoints that lack any."""

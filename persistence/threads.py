@@ -29,7 +29,7 @@ from msgspec.structs import replace
 from persistence.coalescer import Tries, backoff
 from persistence.collection import HintBody
 from persistence.deadlines import hour
-from persistence.driver import ABSENT, Check, Delete, Entry, Key, Op, Put
+from persistence.driver import ABSENT, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
     CorruptRecordError,
@@ -128,7 +128,7 @@ class Threads(ThreadReader):
             if warm.kept is None:
                 warm.kept = await self._kept(partition, head, new)
             if upload.version and upload.id not in head.p:
-                upload.forget()  # the thread was deleted meanwhile, or repair found the upload too old
+                upload.forget()  # the thread was deleted meanwhile, or repair ended the upload
             plan = _planned(new.cut, head, version, {**known, **upload.known} if upload.version else known)
             plan.ops.extend(Delete(PENDING + id) for id in found.p if id not in head.p)
             await self._announce(partition, thread_id, new, head, hinted)
@@ -164,9 +164,9 @@ class Threads(ThreadReader):
         if not version:
             return False
         warm.head, warm.version, upload.version, upload.spans = reserved, version, version, spans
-        check = Check(PENDING + upload.id, version)
         puts = (Put(piece_key(plan.placed[index]), cut.texts[index]) for index in plan.fresh)
-        if not await self._put_in_batches(partition, check, puts):
+        upload.version = await self._put_in_batches(partition, upload.id, version, puts)
+        if not upload.version:
             return False
         upload.known.update((cut.digests[index], plan.placed[index]) for index in plan.fresh)
         upload.bytes += plan.size
@@ -616,7 +616,7 @@ class Threads(ThreadReader):
         if not version:
             message = f"somebody else has begun the thread {thread_id!r}"
             raise ConflictError(message, partition=target)
-        check = Check(PENDING + upload_id, version)
+        mark_version = version
         changed = f"somebody else has changed the thread {thread_id!r}"
         try:
             copied: set[int] = set()
@@ -624,7 +624,9 @@ class Threads(ThreadReader):
                 for one in entries:
                     self.store.check_decrypted(source, one)
                 copied.update(number_of(source, entry.key) for entry in entries)
-                if not await self._put_in_batches(target, check, (Put(e.key, e.value) for e in entries)):
+                pieces = (Put(entry.key, entry.value) for entry in entries)
+                mark_version = await self._put_in_batches(target, upload_id, mark_version, pieces)
+                if not mark_version:
                     raise ConflictError(changed, partition=target)
             if len(copied) != count(spans):
                 now_head, _ = await self.stored_head(source)
@@ -641,11 +643,9 @@ class Threads(ThreadReader):
             spare = subtract(spans, needed)
             done = replace(begun, k=len(bodies), o=head.o, l=bodies[-1], fl="", dr=spare, p={}, up=now)
             await self.put_thread_hint(thread_id, done)
-            ops: list[Op] = [Put(HEAD, pack(done), version), Delete(PENDING + upload_id, version)]
-            if not (
-                await self._put_in_batches(target, check, puts)
-                and await self.store.coalescer.write(target, ops)
-            ):
+            mark_version = await self._put_in_batches(target, upload_id, mark_version, puts)
+            ops: list[Op] = [Put(HEAD, pack(done), version), Delete(PENDING + upload_id, mark_version)]
+            if not (mark_version and await self.store.coalescer.write(target, ops)):
                 raise ConflictError(changed, partition=target)
             if self.places is not None:
                 for body in bodies:
@@ -657,18 +657,25 @@ class Threads(ThreadReader):
             await self.clean(target)
         return len(bodies)
 
-    async def _put_in_batches(self, partition: str, check: Check, puts: Iterable[Put]) -> bool:
-        """Write `puts`, each Write under `check`. False: it does not hold any more."""
-        batch: list[Op] = [check]
+    async def _put_in_batches(self, partition: str, upload_id: str, version: int, puts: Iterable[Put]) -> int:
+        """Write `puts` as a part of an upload; return the version of its mark, `ABSENT` if it was ended.
+
+        `version` is the mark's. Each Write puts it anew, so that `repair` sees the upload go on.
+        """
+        batch: list[Op] = []
         size = 0
+        mark = Put(PENDING + upload_id, pack(Body()))
         for put in puts:
-            if len(batch) > _WRITE_PIECES or size + len(put.value) > _WRITE_BYTES:
-                if not await self.store.coalescer.write(partition, batch):
-                    return False
-                batch, size = [check], 0
+            if len(batch) >= _WRITE_PIECES or size + len(put.value) > _WRITE_BYTES:
+                version = await self.store.coalescer.write(partition, [mark._replace(expect=version), *batch])
+                if not version:
+                    return ABSENT
+                batch, size = [], 0
             batch.append(put)
             size += len(put.value)
-        return bool(len(batch) == 1 or await self.store.coalescer.write(partition, batch))
+        if batch:
+            version = await self.store.coalescer.write(partition, [mark._replace(expect=version), *batch])
+        return version
 
     async def put_hints(self, thread_id: str, body: CheckpointBody) -> None:
         """Put the entries of a checkpoint in its listings."""

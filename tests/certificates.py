@@ -57,7 +57,20 @@ def _certificate(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
         )
     )
-    if not its_own:
+    if its_own:  # Python 3.13 insists
+        usage = x509.KeyUsage(
+            key_cert_sign=True,
+            crl_sign=True,
+            digital_signature=False,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            encipher_only=False,
+            decipher_only=False,
+        )
+        certificate = certificate.add_extension(usage, critical=True)
+    else:
         alternatives = x509.SubjectAlternativeName([x509.IPAddress(ip_address(name))])
         certificate = certificate.add_extension(alternatives, critical=False)
     return certificate.sign(signer, SHA256()).public_bytes(Encoding.PEM)

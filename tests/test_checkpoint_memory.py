@@ -18,13 +18,11 @@ import pytest
 from test_checkpoints import spare, stored
 
 from persistence import Persistence, create_persistence
-from persistence.ids import now_ms
 from persistence.testing import MakeDriver
 
 MESSAGES = 91_000
 LIMIT = 300_000_000
 DEADLY_COMMIT = 25  # of more than thirty that a put of this size takes
-HOUR_MS = 3_600_000
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux reports it"),
@@ -85,19 +83,17 @@ async def repair_and_get(p: Persistence, seed: int) -> None:
     assert all(map(dict.__eq__, state["messages"], messages(seed)))
 
 
-def _child(make: MakeDriver, work: Callable[[Persistence, int], Any], seed: int, later: int) -> None:
+def _child(make: MakeDriver, work: Callable[[Persistence, int], Any], seed: int) -> None:
     async def run() -> None:
-        async with create_persistence(make(), clock=lambda: now_ms() + later) as p:
+        async with create_persistence(make()) as p:
             await work(p, seed)
 
     asyncio.run(run())
 
 
-async def in_process(
-    make: MakeDriver, work: Callable[[Persistence, int], Any], seed: int, later: int = 0
-) -> int | None:
+async def in_process(make: MakeDriver, work: Callable[[Persistence, int], Any], seed: int) -> int | None:
     """Do `work` in a process of its own; return how it ended."""
-    process = multiprocessing.get_context("spawn").Process(target=_child, args=(make, work, seed, later))
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=(make, work, seed))
     process.start()
     await asyncio.to_thread(process.join)
     return process.exitcode
@@ -109,7 +105,7 @@ async def test_a_hundred_megabytes_take_less_than_three_hundred_more(make_driver
     assert await run(put_and_die, 2) == -signal.SIGKILL
     async with create_persistence(make_driver()) as p:
         assert await spare(p) > 3_000  # of the put that was killed
-    assert await run(repair_and_get, 1, later=2 * HOUR_MS) == 0
+    assert await run(repair_and_get, 1) == 0
     async with create_persistence(make_driver()) as p:
         assert await spare(p) == 0
         assert {key.partition("/")[0] for key, _ in await stored(p)} == {"head", "checkpoint", "piece"}

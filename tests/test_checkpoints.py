@@ -28,12 +28,14 @@ from persistence import (
     UnavailableError,
     create_persistence,
 )
+from persistence.checkpoints import NamedAgentCheckpoint
 from persistence.driver import Put
 from persistence.drivers.memory import MemoryDriver
 from persistence.ids import now_ms
 from persistence.pieces import count, runs, subtract, union
 from persistence.testing import MakeDriver
 
+MIB = 1 << 20
 SHARED = [name for name, engine in ENGINES.items() if engine.shared]
 
 
@@ -374,6 +376,37 @@ async def test_a_fork_costs_a_reference(p: Persistence) -> None:
         await p.checkpoints.fork("unknown")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: "x" * 100_000_000, lambda: {"messages": ["x" * 100_000] * 1_000}, lambda: ["x" * MIB] * 100],
+)
+async def test_a_hundred_megabytes_may_be_put(make: Callable[[], Any]) -> None:
+    async with create_persistence(MemoryDriver()) as p:
+        await p.checkpoints.put("t", make())
+        assert await p.checkpoints.get("t") == make()
+
+
+async def test_a_fork_of_a_long_thread_removes_nothing(p: Persistence) -> None:
+    metas = [await p.checkpoints.put("t", i, max_checkpoints_per_thread=None) for i in range(120)]
+    await p.checkpoints.fork("t", metas[0].id)
+    assert len(await p.checkpoints.list("t")) == 121
+    assert await p.checkpoints.get("t", metas[0].id) == 0
+
+
+async def test_a_page_is_asked_for_by_limit_before_and_after(p: Persistence) -> None:
+    ids = [(await p.checkpoints.put("t", i)).id for i in range(6)]
+    assert [meta.id for meta in await p.checkpoints.list("t", 2)] == ids[:-3:-1]
+    assert [meta.id for meta in await p.checkpoints.list("t", 9, ids[4], ids[1])] == [ids[3], ids[2]]
+
+
+@pytest.mark.parametrize("create", [dict, NamedAgentCheckpoint])
+async def test_a_checkpoint_to_store_is_a_mapping_or_a_record(p: Persistence, create: Any) -> None:
+    given = create(agent_id="a", session_id="s", agent_type="coder", name="n", state={"x": 1}, created_at=5)
+    found = await p.checkpoints.retrieve_checkpoint(await p.checkpoints.store_checkpoint(given))
+    assert found is not None
+    assert (found.agent_id, found.state, found.created_at) == ("a", {"x": 1}, 5)
+
+
 async def test_a_fork_into_a_thread_of_its_own_does_not_depend_on_its_source(p: Persistence) -> None:
     metas = [await p.checkpoints.put("t", state(5 + i)) for i in range(3)]
     fork = await p.checkpoints.fork("t", metas[1].id, new_thread_id="u")
@@ -622,6 +655,49 @@ async def test_a_delete_ends_a_large_put_that_names_its_parent() -> None:
             await task
         await asyncio.gather(*a._coalescer._tasks)  # what the failed put left is removed behind it
         assert [key for key, _ in await stored(b)] == ["head"]
+
+
+class Stuttering(RecordingDriver):
+    """Takes its time for each Write of pieces, and stops before the third until it may go on."""
+
+    def __init__(self, inner: MemoryDriver) -> None:
+        super().__init__(inner)
+        self.third, self.may_go_on = asyncio.Event(), asyncio.Event()
+        self.writes = 0
+
+    async def apply(self, writes: Any) -> Any:
+        if any(op.key.startswith("piece/") for write in writes for op in write.ops):
+            self.writes += 1
+            if self.writes == 3:
+                self.third.set()
+                await self.may_go_on.wait()
+            await asyncio.sleep(0.02)
+        return await super().apply(writes)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+async def test_repair_ends_large_puts_that_do_not_go_on(
+    goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.thread_repair._UPLOAD_PAUSE", 0.1)
+    memory = MemoryDriver()
+    driver = Stuttering(memory)
+    if goes_on:
+        driver.may_go_on.set()
+    async with create_persistence(driver) as a, create_persistence(RecordingDriver(memory)) as b:
+        await a.checkpoints.put("t", 0)
+        task = asyncio.create_task(a.checkpoints.put("t", large(40)))
+        await driver.third.wait()
+        report = await b.repair()
+        if goes_on:
+            assert (report.uploads_ended, report.pieces_removed) == (0, 0)
+        else:
+            assert report.uploads_ended == 1
+            assert await spare(b) == 0
+            driver.may_go_on.set()
+        await task  # if it was ended it was alive after all, and begins again
+        assert await b.checkpoints.get("t") == large(40)
+        assert await spare(b) == 0
 
 
 # ---- corrupt data
@@ -1228,8 +1304,7 @@ async def test_a_process_killed_in_the_middle_loses_nothing_and_repair_leaves_no
         last = await asyncio.to_thread(receiving.recv)
     process.kill()
     await asyncio.to_thread(process.join)
-    later = now_ms() + 4_000_000
-    async with create_persistence(make_driver(), clock=lambda: later) as p:
+    async with create_persistence(make_driver()) as p:
         await p.repair()
         found = await p.checkpoints.list("t")
         assert 1 <= len(found) <= 3

@@ -21,6 +21,7 @@ from persistence.compat import (
     PostgresStorage,
     SQLiteConfig,
     SQLiteStorage,
+    migrate_snapshot,
     storage,
     storage_config,
 )
@@ -225,6 +226,28 @@ def test_a_connection_string_that_is_no_url_is_refused_without_being_shown(bad: 
 def test_the_representation_of_a_configuration_shows_no_secret() -> None:
     for config in (MySQLConfig("mysql://u:s3cret@h/d"), PostgresConfig("postgres://u:s3cret@h/d")):
         assert "s3cret" not in repr(config)
+
+
+async def test_the_documented_list_is_filtered_as_well(sqlite: AgentCheckpointStorage) -> None:
+    stored = [await sqlite.store_checkpoint(checkpoint(i)) for i in range(4)]
+    assert [item.id for item in await sqlite.list_checkpoints(agent_id="agent-1", limit=1)] == [stored[3]]
+
+
+async def test_the_limit_of_a_checkpointer_may_be_a_keyword() -> None:
+    async with create_persistence(memory_driver()) as p:
+        ids = [await Checkpointer(p).put("t", {"version": 2, "step": i}) for i in range(3)]
+        assert [meta.id for meta in await Checkpointer(p).list("t", limit=1)] == ids[2:]
+
+
+def test_a_snapshot_of_the_first_version_becomes_one_of_the_second() -> None:
+    first = {"version": 1, "step": 3}
+    assert migrate_snapshot(first) == {"version": 2, "step": 3}
+    assert first["version"] == 1
+    second = {"version": 2}
+    assert migrate_snapshot(second) is second
+    for bad in ({"version": 3}, {"version": True}, {}):
+        with pytest.raises(InvalidValueError, match="version"):
+            migrate_snapshot(bad)
 
 
 async def test_a_checkpointer_keeps_threads_of_snapshots() -> None:

@@ -28,6 +28,7 @@ from persistence import (
 from persistence.driver import Delete, Key, Put, Write
 from persistence.drivers.memory import MemoryDriver
 from persistence.log import APPEND_ENTRIES
+from persistence.store import MAX_BYTES
 
 SESSION = "session/s"
 
@@ -746,12 +747,12 @@ async def test_lengths_about_a_cut_come_back(p: Persistence, length: int) -> Non
 
 async def test_a_hundred_megabytes_are_the_limit(p: Persistence, driver: RecordingDriver) -> None:
     empty = len(b'{"t":""}')
-    value = {"t": "x" * (100_000_000 - empty)}
+    value = {"t": "x" * (MAX_BYTES - empty)}
     await p.sessions.add_message("s", value)
     assert await p.sessions.get_messages("s") == [value]
     driver.forget()
     value["t"] += "x"
-    with pytest.raises(InvalidValueError, match="limit is 100,000,000"):
+    with pytest.raises(InvalidValueError, match="limit is 105,906,176"):
         await p.sessions.add_message("s", value)
     assert driver.calls == []
 

@@ -152,11 +152,14 @@ async def test_without_a_provider_it_says_what_to_do() -> None:
     for call in (service.start, service.run, service.list_checkpoints):
         with pytest.raises(ConfigurationError, match="set_checkpoint_provider"):
             await call()
+    agent = TodoAgent()
+    service.attach(agent)
     with pytest.raises(ConfigurationError, match="set_checkpoint_provider"):
-        service.attach(TodoAgent())
+        await agent.handle("hello")
     async with create_persistence(memory_driver()) as p:
         service.set_checkpoint_provider(p.checkpoints)
-        assert await service.list_checkpoints() == []
+        await agent.handle("hello")
+        assert await named(service) == ["hello"]
 
 
 class Broken(CheckpointProvider):
@@ -171,6 +174,47 @@ class Broken(CheckpointProvider):
 
     async def list_checkpoints(self, **options: Any) -> Listing[AgentCheckpointListItem]:
         raise UnavailableError("list")
+
+
+class Plain:
+    """A provider as the ancestor has it: it lists everything, in a plain list."""
+
+    def __init__(self) -> None:
+        self.kept: list[StoredAgentCheckpoint] = []
+
+    async def store_checkpoint(self, checkpoint: Mapping[str, Any]) -> str:
+        self.kept.insert(0, StoredAgentCheckpoint(id=str(len(self.kept)), created_at=0, **checkpoint))
+        return self.kept[0].id
+
+    async def retrieve_checkpoint(self, id: str) -> StoredAgentCheckpoint | None:
+        return next((one for one in self.kept if one.id == id), None)
+
+    async def list_checkpoints(self) -> list[StoredAgentCheckpoint]:
+        return self.kept
+
+    async def store_app_checkpoint(self, checkpoint: Mapping[str, Any]) -> str:
+        raise UnavailableError("store")
+
+    async def retrieve_latest_app_checkpoint(self) -> StoredAppCheckpoint | None:
+        raise UnavailableError("latest")
+
+
+async def test_a_provider_need_not_know_any_options() -> None:
+    service, agent = AgentCheckpointService(), TodoAgent()
+    service.set_checkpoint_provider(Plain())
+    for name in ("one", "two"):
+        await service.save_agent_checkpoint(name, agent)
+    assert await named(service) == ["two", "one"]
+    assert [item.name for item in await service.list_checkpoints(limit=1)] == ["two"]
+    assert "one" in await CheckpointCommands(service).execute("list", agent)
+    assert len((await CheckpointRPC(service).call("listCheckpoints"))["checkpoints"]) == 2
+    app = AppCheckpointService(CounterApp(), Plain(), project_directory="/w", restore_previous_state=True)
+    with pytest.raises(UnavailableError, match="latest"):
+        await app.start()
+
+
+async def test_a_hook_without_a_service_saves_nothing() -> None:
+    assert await AutoCheckpoint(None).after_input(TodoAgent(), "hello") is None
 
 
 async def test_what_the_provider_raises_reaches_the_caller() -> None:
