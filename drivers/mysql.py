@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from operator import itemgetter
 from ssl import SSLContext, create_default_context
@@ -64,6 +65,15 @@ except ImportError:
         from pymysql.err import MySQLError  # type: ignore[import-untyped,no-redef,unused-ignore]
     except ImportError as error:
         raise missing_client("mysql", "aiomysql") from error
+
+_ERRORS: tuple[type[Exception], ...] = (MySQLError,)
+try:
+    from pymysql.err import MySQLError as PyMySQLError
+except ImportError:
+    pass
+else:  # a pool that is passed in may be aiomysql's, even where asyncmy is installed
+    _ERRORS += (PyMySQLError,)
+_FAILURES: tuple[type[Exception], ...] = (*_ERRORS, OSError, EOFError)
 
 __all__ = ["MySQLDriver", "client_library", "from_url", "mysql_driver"]
 
@@ -212,8 +222,8 @@ class MySQLDriver:
     the client's ``connect`` as they are, for instance ``unix_socket=…``. `ssl` is an ``ssl.SSLContext``, or
     True for the default one; `ssl_ca` names a file with the authorities that this trusts, not the system's.
 
-    `client` is used instead where given, and not closed: a pool of the client library that is used here
-    (`client_library`), which should be this driver's alone, for the sessions keep the settings below.
+    `client` is used instead where given, and not closed: a pool of asyncmy or aiomysql, which should be this
+    driver's alone, for the sessions keep the settings below.
 
     `create` allows to create `table` where it is missing; with False, or without the right, `open` tells the
     statement to run (`ddl`). `pool_size` is how many connections there may be. `timeout` is how many seconds
@@ -270,9 +280,7 @@ class MySQLDriver:
         if secret := self._connect_options.get("password"):
             # Both clients send it as Latin-1, which servers compare with UTF-8.
             self._connect_options["password"] = secret.encode().decode("latin-1")
-        if client is not None and not isinstance(client, client_library.Pool):
-            message = f"mysql: client must be a pool of {client_library.__name__}, which is used here"
-            raise ConfigurationError(message)
+        self._cursor = Cursor if client is None else _cursor_of(client)
         if client is None and not self._connect_options.get("db"):
             raise ConfigurationError("mysql: name a database: mysql://user:password@host:port/database")
         self._client = client
@@ -412,7 +420,7 @@ class MySQLDriver:
         """Try to insert everything, as if all keys were absent, which they mostly are."""
         try:
             await self._query(connection, _CREATE.format(table=self._table, rows=_rows(steps)))
-        except MySQLError as error:
+        except _ERRORS as error:
             if _code(error) != _DUPLICATE:
                 raise
             return False  # and nothing is inserted: one statement is whole
@@ -437,7 +445,7 @@ class MySQLDriver:
             packet.append(_DELETE.format(table=self._table, keys=_keys(deletes)))
         try:
             await self._query(connection, ";".join([*packet, "COMMIT"]))
-        except MySQLError as error:
+        except _ERRORS as error:
             if _code(error) != _NULL:
                 raise
             await self._query(connection, "ROLLBACK")
@@ -482,7 +490,7 @@ class MySQLDriver:
             message = f"mysql: max_allowed_packet={self._max_packet} is too small: {_PACKET_HINT}"
             raise ConfigurationError(message)
         # Not closed: that would read on, on a connection which may be dead.
-        cursor = Cursor(connection)
+        cursor = self._cursor(connection)
         await cursor.execute(statements)
         results: list[Sequence[tuple[Any, ...]]] = [await cursor.fetchall()]
         while await cursor.nextset():
@@ -507,7 +515,7 @@ class MySQLDriver:
                     return await self._on_connection(pool, work)
                 finally:
                     self._slots.release()
-            except (MySQLError, OSError, EOFError) as error:
+            except _FAILURES as error:
                 late = asyncio.get_running_loop().time() > deadline
                 if late or _code(error) not in _RETRIED:
                     raise _translated(error) from error
@@ -531,7 +539,7 @@ class MySQLDriver:
                     self._configured.add(connection)
                 result = await work(connection)
                 in_order = True
-            except MySQLError as error:
+            except _ERRORS as error:
                 if not _broken(_code(error)):
                     await self._query(connection, "ROLLBACK")
                     in_order = True
@@ -648,6 +656,14 @@ async def _make_pool(size: int, options: dict[str, Any]) -> Any:
     return Pool(minsize=0, maxsize=size, echo=False, pool_recycle=-1, loop=loop, **options)
 
 
+def _cursor_of(pool: Any) -> Any:
+    """Return the cursor's class of the library that `pool` is of."""
+    for library in map(sys.modules.get, ("asyncmy", "aiomysql")):
+        if library is not None and isinstance(pool, library.Pool):
+            return library.cursors.Cursor
+    raise ConfigurationError("mysql: client must be a pool of asyncmy or aiomysql")
+
+
 def _hex(data: bytes) -> str:
     return f"x'{data.hex()}'"
 
@@ -676,7 +692,7 @@ def _end(end: str | None) -> bytes:
 
 def _code(error: BaseException | None) -> int:
     """Return the number of a server's or client's error, 0 if it has none."""
-    code = error.args[0] if isinstance(error, MySQLError) and error.args else 0
+    code = error.args[0] if isinstance(error, _ERRORS) and error.args else 0
     return code if isinstance(code, int) else 0
 
 

@@ -310,6 +310,8 @@ class PostgreSQLDriver:
         check_seconds("timeout", timeout)
         if url is not None:
             take_apart(url)
+        if not isinstance(client, asyncpg.Pool | asyncpg.Connection | None):
+            raise ConfigurationError("postgresql: client must be an asyncpg.Pool or an asyncpg.Connection")
         self._schema = check_identifier(schema, "schema")
         self._table = check_identifier(table, "table")
         self._first = f"{check_namespace(namespace)}/"

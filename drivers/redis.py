@@ -3,7 +3,9 @@
     agentx:{default/session/42}        HASH   key → the value; space and key → its version, 8 bytes
     agentx:{default/session/42}:keys   ZSET   the keys, all with score 0: Redis sorts them by their bytes
 
-Redis 6.2 and later, Valkey, and their clusters; no modules. What would surprise:
+Redis 6.2 and later, Valkey, and their clusters; no modules. Round trips: 1 for every call, to all nodes at
+once; `purge` of a part of a partition takes 1 for each 1,000 entries, and `partitions` 1 for each node, 1 for
+a Cluster and 1 or more to look. What would surprise:
 
 * Each Write is one step of a Lua script, which tests before it changes, since Redis has no rollback. One
   server runs all Writes of a `commit` in one script; on a Cluster a script may touch one slot only, so there
@@ -40,8 +42,8 @@ from persistence.options import (
     masked_url,
     missing_client,
     split_url,
-    take_apart,
     untrusted,
+    url_or_address,
 )
 
 try:
@@ -177,9 +179,10 @@ class RedisDriver:
     """Keep everything in a Redis or Valkey server, or in a Cluster of them.
 
     `url` is ``redis://user:password@host:port/db``, ``rediss://`` for TLS, and either with ``+cluster``
-    (``redis+cluster://``) for a Cluster, of which it names any node. Without it `host`, `port`, `db`, `user`,
-    `password` and `cluster` say the same. `client` is used instead where given, and not closed: a
-    ``redis.asyncio.Redis`` (for Sentinel: what ``Sentinel.master_for`` returns) or a ``RedisCluster``.
+    (``redis+cluster://``) for a Cluster, of which it names any node. Without it `host`, `port`, `database`
+    (a number), `user`, `password` and `cluster` say the same. `client` is used instead where given, and not
+    closed: a ``redis.asyncio.Redis`` (for Sentinel: what ``Sentinel.master_for`` returns) or a
+    ``RedisCluster``.
 
     `prefix` begins the name of every Redis key. `create` is there because every driver has it: Redis has
     nothing to create. `timeout` is how many seconds a reply may take, `connect_timeout` a connection,
@@ -201,9 +204,9 @@ class RedisDriver:
         url: str | None = None,
         *,
         client: Redis | RedisCluster | None = None,
-        host: str = "localhost",
-        port: int = 6379,
-        db: int = 0,
+        host: str | None = None,
+        port: int | None = None,
+        database: int | None = None,
         user: str | None = None,
         password: str | None = None,
         cluster: bool = False,
@@ -222,10 +225,10 @@ class RedisDriver:
         if not _PREFIX.fullmatch(prefix):
             message = f"prefix={prefix!r}: use 1 to 63 letters, digits or '_.:-'"
             raise ConfigurationError(message)
-        scheme, colon, rest = (
-            url or f"redis://{f'[{host}]' if ':' in host else host}:{port}/{db}"
-        ).partition(":")
-        take_apart(url or "")
+        if not isinstance(client, Redis | RedisCluster | None):
+            message = "redis: client must be a redis.asyncio.Redis or a redis.asyncio.RedisCluster"
+            raise ConfigurationError(message)
+        scheme, colon, rest = url_or_address(url, "redis", host, port).partition(":")
         self._url = scheme.removesuffix("+cluster") + colon + rest
         self._as_cluster = (
             isinstance(client, RedisCluster) if client else cluster or scheme.endswith("+cluster")
@@ -246,6 +249,7 @@ class RedisDriver:
             "max_connections": pool_size,
             "retry": Retry(NoBackoff(), 0),  # the core retries, and knows what it may send twice
             "protocol": 2,  # with 3, redis-py 8 takes connections from its pool that the server has closed
+            **({} if not database else {"db": database}),
             **({} if user is None else {"username": user}),
             **({} if password is None else {"password": password}),
             **client_options,
@@ -410,7 +414,9 @@ class RedisDriver:
             raise ConfigurationError(message)
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
-            _log.warning("redis: maxmemory-policy is %s: the server may drop stored data", policy)
+            _log.warning(
+                "redis: maxmemory-policy is %s: the server may drop stored data; set it to noeviction", policy
+            )
         try:
             save = (await self._ask(node, "CONFIG GET", "save"))["save"]
             fsync = (await self._ask(node, "CONFIG GET", "appendfsync"))["appendfsync"]
@@ -418,9 +424,12 @@ class RedisDriver:
             _log.warning("redis: CONFIG is forbidden here: how durable writes are, its owner decides")
             return
         if not info["aof_enabled"] and not save:
-            _log.warning("redis: neither AOF nor RDB is on: a restart of the server loses everything")
+            _log.warning(
+                "redis: neither AOF nor RDB is on: a restart of the server loses everything;"
+                " set appendonly yes and appendfsync always"
+            )
         elif self._durability == "power" and not (info["aof_enabled"] and fsync == "always"):
-            found = f"appendfsync {fsync}" if info["aof_enabled"] else "no AOF"
+            found = f"appendfsync {fsync}" if info["aof_enabled"] else "no AOF; set appendonly yes as well"
             _log.warning('redis: durability="power" needs appendfsync always; the server has %s', found)
 
     async def _stamp(self, nodes: Sequence[_Executor]) -> str:

@@ -11,7 +11,7 @@ from persistence.coalescer import CALL, Call
 from persistence.errors import InvalidValueError, OutcomeUnknownError, UnavailableError
 from persistence.store import Store
 
-__all__ = ["Repository", "public", "public_change"]
+__all__ = ["Repository", "public", "public_change", "within"]
 
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def public(method: F) -> F:
         try:
             if kwargs.get("timeout") is None:
                 return await method(self, *args, **kwargs)
-            return await _within(kwargs["timeout"], method(self, *args, **kwargs))
+            return await within(kwargs["timeout"], method(self, *args, **kwargs))
         finally:
             coalescer.leave()
 
@@ -75,7 +75,8 @@ def public_change(method: F) -> F:
     return cast("F", call)
 
 
-async def _within(timeout: float, work: Awaitable[T]) -> T:
+async def within(timeout: float, work: Awaitable[T]) -> T:
+    """Await `work` for so many seconds; raise as `public` calls do when the time is up."""
     if not isinstance(timeout, int | float) or not timeout >= 0:
         if isinstance(work, Coroutine):
             work.close()

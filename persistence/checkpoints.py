@@ -195,7 +195,7 @@ class Checkpoints(Repository):
             "index/app-checkpoints": self.apps,
         }
 
-    def kind_of(self, partition: str) -> Threads | None:
+    def _kind_of(self, partition: str) -> Threads | None:
         """Return the threads that a partition belongs to, as one of them or as a listing of theirs."""
         return self._kinds.get(partition) or self._kinds.get(partition.rpartition("/")[0])
 

@@ -25,8 +25,8 @@ Subclasses of these types come back as the type itself (a namedtuple as a
 tuple, an IntEnum member as an int); time zones that are neither UTC, a fixed
 offset nor a ZoneInfo come back as their offset.
 
-A value may be nested about 900 deep, 200 where it holds tags: what is accepted
-can be read again from a stack that is somewhat deeper.
+A value may be nested 500 deep, 200 where it holds tags, so that every version
+of Python can read it, on a stack that is somewhat deeper too.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ _decode_json = msgspec.json.Decoder().decode
 
 _TEXT = frozenset({str})
 _EXACT = frozenset({str, bool, type(None)})  # what can be encoded of these comes back as it is
+_CONTAINERS = frozenset({dict, list})
 _INT64 = 1 << 63
 _TOO_DEEP = "the value is nested too deeply, or holds itself"
+_MAX_DEPTH = 500  # what 3.11 can read has to share its limit of 1,000 with the reader's stack
 _MAX_TAGGED_DEPTH = 200  # taking tags off needs up to three frames a level
-_SPARE = 50  # levels that must be to spare: a reader's stack may be deeper than the writer's
-_NEVER_DEEP = 250  # opening brackets in a text, too few to nest deeply
 
 
 def encode(value: Any) -> tuple[bytes, bool]:
@@ -74,7 +74,10 @@ def encode(value: Any) -> tuple[bytes, bool]:
             return text, False  # most messages: half the time
         # == is exact here: True and 1 and 1.0 are equal to each other, but JSON
         # tells them apart, so what is read back never has the one where `value` has the other.
-        if value == (_decode_with_levels_to_spare(text) if _may_be_deep(text) else _decode_json(text)):
+        found = _decode_json(text)
+        if value == found:
+            if _may_be_deep(text) and _is_deep(found):
+                raise InvalidValueError(_TOO_DEEP)
             return text, False
     except (TypeError, ValueError, OverflowError, msgspec.MsgspecError):
         pass  # told apart below, with the place of the culprit
@@ -101,19 +104,27 @@ def decode(text: bytes | msgspec.Raw, tagged: bool) -> Any:
 
 
 def _may_be_deep(text: bytes) -> bool:
-    """Tell whether a text has more brackets than are never deep."""
-    if len(text) <= 2 * _NEVER_DEEP:
+    """Tell whether a text has more brackets than one nested as deeply as is allowed."""
+    if len(text) <= 2 * _MAX_DEPTH:
         return False
     # Unlike count(), replace() skips from hit to hit, and stops: a fifth of the time.
-    lists = len(text) - len(text.replace(b"[", b"", _NEVER_DEEP))
-    return lists + len(text) - len(text.replace(b"{", b"", _NEVER_DEEP)) >= _NEVER_DEEP
+    lists, objects = (len(text) - len(text.replace(sign, b"", _MAX_DEPTH + 1)) for sign in (b"[", b"{"))
+    return lists + objects > _MAX_DEPTH
 
 
-def _decode_with_levels_to_spare(text: bytes) -> Any:
-    value = _decode_json(b"[" * _SPARE + text + b"]" * _SPARE)
-    for _ in range(_SPARE):
-        (value,) = value
-    return value
+def _is_deep(value: Any) -> bool:
+    """Tell whether plain JSON is nested too deeply. It goes level by level: it may be too deep to go down."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in _CONTAINERS
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _tagged(value: Any, place: str, depth: int) -> Any:

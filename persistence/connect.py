@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from persistence.calls import Repository, public
+from persistence.calls import Repository, public, within
 from persistence.checkpoints import Checkpoints
 from persistence.coalescer import Coalescer
 from persistence.driver import Driver
@@ -90,9 +90,13 @@ class Persistence(Repository):
         )
         return await repair.run()
 
-    async def close(self) -> None:
-        """Wait for the calls under way, then release the driver. Idempotent."""
-        await self._coalescer.close()
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Wait for the calls under way, then release the driver. Idempotent.
+
+        When the time is up it goes on by itself; no call is taken any more.
+        """
+        closing = self._coalescer.close()
+        await (closing if timeout is None else within(timeout, closing))
 
     async def __aenter__(self) -> Self:
         return self

@@ -57,15 +57,15 @@ T = TypeVar("T")
 
 APPEND_ENTRIES: Final = 900
 """Entries that one append can add atomically."""
-APPEND_BYTES: Final = 3 << 20
-"""Bytes that one append can add atomically."""
+_OVERHEAD_BYTES = 128  # key and object around a value
+APPEND_BYTES: Final = (3 << 20) + APPEND_ENTRIES * _OVERHEAD_BYTES
+"""Bytes that one append can add atomically: 3 MiB of values, and what is around them."""
 FORGET_SECONDS: Final = 600.0
 """How long a writer goes by a number that it remembers."""
 
 _REMEMBERED = 10_000  # sequences whose end a writer remembers
 _PAGE = 500
 _READ_TRIES = 6
-_OVERHEAD_BYTES = 128  # key and object around a value
 
 Span = tuple[int, int]
 """First and last number of a run of entries."""

@@ -26,6 +26,7 @@ __all__ = [
     "split_url",
     "take_apart",
     "untrusted",
+    "url_or_address",
 ]
 
 Durability: TypeAlias = Literal["power", "process"]
@@ -133,6 +134,9 @@ class SplitURL(NamedTuple):
 
 def take_apart(url: str) -> SplitResult:
     """Return the parts of `url`; refuse one that would be taken apart in the middle of its password."""
+    if not isinstance(url, str):
+        message = f"{type(url).__name__} is no URL: pass a client or pool as client=…"
+        raise ConfigurationError(message)
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -146,6 +150,17 @@ def take_apart(url: str) -> SplitResult:
             message = f"{masked_url(url)!r}: a port is a number up to 65535; percent-encode : in a password"
             raise ConfigurationError(message)
     return parts
+
+
+def url_or_address(url: str | None, scheme: str, host: str | None, port: int | None) -> str:
+    """Return `url`, or that of `host` (by default this machine) and `port`; refuse both at once."""
+    if url:
+        take_apart(url)
+        if host is not None or port is not None:
+            raise ConfigurationError(f"{scheme}: host= and port= are for a driver without an URL")
+        return url
+    name = "localhost" if host is None else f"[{host}]" if ":" in host else host
+    return f"{scheme}://{name}" if port is None else f"{scheme}://{name}:{port}"
 
 
 def split_url(url: str, known: Mapping[str, Callable[[str], Any]], *, others: bool = False) -> SplitURL:

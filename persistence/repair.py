@@ -115,8 +115,8 @@ class Repair:
         self._checkpoints = checkpoints
         self._streams = streams
         self._children: dict[str, Callable[[str], Awaitable[Any]]] = {
-            "container": containers.delete_children,
-            "image": images.delete_children,
+            "container": containers._delete_children,
+            "image": images._delete_children,
         }
 
     async def run(self) -> RepairReport:
@@ -135,9 +135,9 @@ class Repair:
                 break
         if not self.dry_run:  # the deadlines of what has gone
             for sweep in (
-                self._sessions.sweep,
+                self._sessions._sweep,
                 self._checkpoints.threads.delete_all_expired,
-                self._streams.sweep,
+                self._streams._sweep,
             ):
                 try:
                     await sweep()
@@ -150,7 +150,7 @@ class Repair:
         steps: list[Callable[[str], Awaitable[None]]] = []
         if kind == "index":
             steps = [self._sweep_hints, self._sweep_checkpoint_hints]
-        elif self._checkpoints.kind_of(partition) is not None:
+        elif self._checkpoints._kind_of(partition) is not None:
             steps = [self._thread]
         elif kind == "stream":
             steps = [self._stream]
@@ -181,7 +181,7 @@ class Repair:
         elif loaded.record is not None and collection.expired(loaded.record):
             self.report.sessions_expired += 1
             if not self.dry_run:
-                await self._sessions.expire(partition)
+                await self._sessions._expire(partition)
         elif loaded.record is not None:
             await self._listed(collection, loaded.record)
             await self._parents(partition, loaded.record)
@@ -266,7 +266,7 @@ class Repair:
     # ---- checkpoints
 
     async def _thread(self, partition: str) -> None:
-        threads = self._checkpoints.kind_of(partition)
+        threads = self._checkpoints._kind_of(partition)
         if threads is None:
             return
         repair = ThreadRepair(threads, dry_run=self.dry_run)
@@ -280,7 +280,7 @@ class Repair:
         self.report.corrupt += done.corrupt[: max(0, _NAMED - len(self.report.corrupt))]
 
     async def _sweep_checkpoint_hints(self, partition: str) -> None:
-        threads = self._checkpoints.kind_of(partition)
+        threads = self._checkpoints._kind_of(partition)
         if threads is not None:
             before = self._now - HINT_AGE_MS
             repair = ThreadRepair(threads, dry_run=self.dry_run)
@@ -291,11 +291,11 @@ class Repair:
 
     async def _stream(self, partition: str) -> None:
         before = self._now - DAY_MS
-        done = await self._streams.repair(partition, before=before, dry_run=self.dry_run)
+        done = await self._streams._repair(partition, before=before, dry_run=self.dry_run)
         self.report.streams_expired += done.expired
         self.report.streams_removed += done.left
         self.report.tombstones_removed += done.marks
-        await self._drop_unused(partition, partial(self._streams.chunk_ids, partition))
+        await self._drop_unused(partition, partial(self._streams._chunk_ids, partition))
 
     # ---- chunks
 

@@ -255,7 +255,7 @@ class Sessions(Repository):
     @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> Deleted:
         """Delete the sessions whose time has come, with their messages; return what that removed."""
-        return await self.sweep()
+        return await self._sweep()
 
     @public_change
     async def fork_session(
@@ -451,20 +451,20 @@ class Sessions(Repository):
             expire=partial(self._delete, only=self.records.expired),
         )
 
-    async def sweep(self) -> Deleted:
+    async def _sweep(self) -> Deleted:
         """Do what `delete_expired` does."""
         removed = Deleted()
 
         async def expire(partition: str) -> Deleted:
             nonlocal removed
-            gone = await self.expire(partition)
+            gone = await self._expire(partition)
             removed += gone
             return gone
 
         await self._deadlines.sweep(SESSIONS.name, expire)
         return removed
 
-    async def expire(self, partition: str) -> Deleted:
+    async def _expire(self, partition: str) -> Deleted:
         """Delete the session of `partition` if its time has come; return what that removed."""
         record = (await self.records.load_partition(partition)).record
         if record is None:
@@ -472,12 +472,20 @@ class Sessions(Repository):
         return await self._delete(record.session_id, only=self.records.expired)
 
     async def _delete(
-        self, session_id: str, *, only: Callable[[SessionRecord], bool] | None = None
+        self,
+        session_id: str,
+        *,
+        only: Callable[[SessionRecord], bool] | None = None,
+        unsaved: bool = False,
     ) -> Deleted:
+        """Do what `delete_session` does; with `unsaved` just if there are messages and no record."""
         partition = SESSIONS.partition(session_id)
         removed = 0
 
         async def bury(current: Loaded[SessionRecord], put: Put) -> int | None:
+            if unsaved and current.there:
+                return None
+
             async def make(tail: Tail) -> tuple[Op, ...] | None:
                 nonlocal removed
                 if not current.there and (tail.deleted or not tail.number):
@@ -508,6 +516,8 @@ class Sessions(Repository):
         new_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
         above = await self._copy(session_id, new_id, through)
         now = self._store.clock()
+        # Listed before its source, be it of the same millisecond or of a clock that is a little ahead.
+        now = max(now, min(source.created_at + 1, now + 1_000))
         record = SessionRecord(
             session_id=new_id,
             image_id=source.image_id if image_id is None else image_id,
@@ -745,12 +755,17 @@ class Images(Repository):
     async def _delete(
         self, image_id: str, *, cascade: bool, only: Callable[[ImageRecord], bool] | None = None
     ) -> Deleted:
-        children = self.delete_children if cascade else None
+        children = self._delete_children if cascade else None
         return await _delete_with(children, self.records, image_id, Deleted(images=1), only)
 
-    async def delete_children(self, partition: str) -> Deleted:
-        """Delete the sessions of the image of `partition` until none is left."""
+    async def _delete_children(self, partition: str, deleted: ImageRecord | None = None) -> Deleted:
+        """Delete the sessions of the image of `partition` until none is left.
+
+        The session that the `deleted` image names may have messages without being saved, and listed.
+        """
         removed = Deleted()
+        if deleted is not None:
+            removed += await self._sessions._delete(deleted.session_id, unsaved=True)
         place = Place(partition, "session/")
         listed = self._sessions.records.listed_at(place)  # one that was moved meanwhile stays
         while page := await self._sessions.records.page(place, limit=_PAGE):
@@ -1035,10 +1050,10 @@ class Containers(Repository):
 
         The container goes first, its content one by one. Interrupted, `repair` goes on.
         """
-        children = self.delete_children if cascade else None
+        children = self._delete_children if cascade else None
         return await _delete_with(children, self.records, container_id, Deleted(containers=1))
 
-    async def delete_children(self, partition: str) -> Deleted:
+    async def _delete_children(self, partition: str, deleted: ContainerRecord | None = None) -> Deleted:
         """Delete what is in the container of `partition` until nothing is left; what is moved away stays."""
         removed = Deleted()
         children: list[tuple[str, Any, Callable[..., Awaitable[Deleted]]]] = [
@@ -1058,7 +1073,7 @@ class Containers(Repository):
 
 
 async def _delete_with(
-    delete_children: Callable[[str], Awaitable[Deleted]] | None,
+    delete_children: Callable[[str, Any], Awaitable[Deleted]] | None,
     records: Collection[Any],
     id: str,
     own: Deleted,
@@ -1074,7 +1089,7 @@ async def _delete_with(
     removed = Deleted() if deleted is None else own
     if delete_children is not None:
         partition = records.kind.partition(id)
-        removed += await delete_children(partition)
+        removed += await delete_children(partition, None if deleted is None else deleted.record)
         if deleted is not None:
             await records.finish(partition, deleted.version)
     return removed

@@ -235,7 +235,7 @@ class Streams(Repository):
     @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> int:
         """Delete the expired streams, which nobody sees any more anyway; return how many."""
-        return await self.sweep()
+        return await self._sweep()
 
     @public
     async def acquire_continue_lock(
@@ -445,7 +445,7 @@ class Streams(Repository):
 
     # ---- removing
 
-    async def sweep(self) -> int:
+    async def _sweep(self) -> int:
         """Do what `delete_expired` does."""
         deleted = 0
 
@@ -504,7 +504,7 @@ class Streams(Repository):
 
     # ---- repair
 
-    async def repair(self, partition: str, *, before: int, dry_run: bool) -> StreamRepair:
+    async def _repair(self, partition: str, *, before: int, dry_run: bool) -> StreamRepair:
         """Remove an expired stream, what a crash left of deleted ones, old marks, and a lock that has ended.
 
         Marks, and a head without a life, go if they are older than `before` (ms).
@@ -544,7 +544,7 @@ class Streams(Repository):
         present = "" if head is None else self._store.unpack(self._heads, partition, head).life
         return [(life, entry) for life, entry in ends if entry is not None and life != present]
 
-    async def chunk_ids(self, partition: str) -> set[str]:
+    async def _chunk_ids(self, partition: str) -> set[str]:
         """Return the ids of the chunks that parts lie in."""
         return {chunks.id async for chunks in self._chunks(partition)}
 

@@ -53,12 +53,12 @@ class NotAvailable(Exception):
 
 
 class Server:
-    """A server to test against. This class is one that is not ours: only its URL is of use."""
+    """A server to test against. Of one that is not ours only the URL is of use."""
 
-    engine: ClassVar[str] = ""
+    engine: str = ""
 
     def __init__(self, url: str = "", *, engine: str = "") -> None:
-        self._url, self._name = url, engine or self.engine
+        self._url, self.engine = url, engine or self.engine
 
     @property
     def url(self) -> str:
@@ -105,7 +105,18 @@ class Server:
         self.start()
 
     def _not_ours(self) -> NotAvailable:
-        return NotAvailable(self._name, "it is a server that exists, not one to stop or to break")
+        return NotAvailable(self.engine, "it is a server that exists, not one to stop or to break")
+
+
+class ExistingServer(Server):
+    """A server that is not ours, of any engine."""
+
+    @property
+    def nodes(self) -> list[RedisNode]:
+        raise self._not_ours()
+
+    def command(self, *words: str | int) -> Any:
+        raise self._not_ours()
 
 
 class LocalServer(Server):
@@ -547,7 +558,7 @@ def get(engine: str) -> Server:
     with _lock:
         if engine not in _shared:
             url = os.environ.get(f"PERSISTENCE_TEST_{engine.upper()}_URL")
-            _shared[engine] = Server(url, engine=engine) if url else own(engine)
+            _shared[engine] = ExistingServer(url, engine=engine) if url else own(engine)
         return _shared[engine]
 
 

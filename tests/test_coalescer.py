@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import os
 import random
 import subprocess
@@ -31,6 +32,7 @@ from persistence import (
     UnavailableError,
     create_persistence,
 )
+from persistence.calls import Repository
 from persistence.coalescer import Coalescer, Room
 from persistence.driver import (
     ABSENT,
@@ -939,6 +941,40 @@ async def test_use_after_close_and_on_another_loop_is_refused(driver: RecordingD
         with pytest.raises(ConfigurationError, match="closed"):
             await call
     assert driver.calls == []
+
+
+async def test_every_public_call_has_a_timeout_and_is_refused_after_close(driver: RecordingDriver) -> None:
+    p = await create_persistence(driver)
+    repositories = [p, *(value for value in vars(p).values() if isinstance(value, Repository))]
+    await p.close()
+    calls = [
+        method
+        for repository in repositories
+        for name, method in inspect.getmembers(repository, inspect.ismethod)
+        if not name.startswith("_")
+    ]
+    assert len(calls) > 60
+    for call in calls:
+        parameters = inspect.signature(call).parameters.values()
+        assert "timeout" in [parameter.name for parameter in parameters], call
+        if call != p.close:
+            with pytest.raises(ConfigurationError, match="closed"):
+                await call(*(None for parameter in parameters if parameter.default is parameter.empty))
+
+
+async def test_a_close_that_takes_too_long_says_so_and_goes_on(driver: RecordingDriver) -> None:
+    p = await create_persistence(driver)
+    driver.gate.clear()
+    adding = asyncio.ensure_future(p.sessions.add_message("s", {}))
+    await asyncio.sleep(0)
+    with pytest.raises(UnavailableError):
+        await p.close(timeout=0.01)
+    with pytest.raises(ConfigurationError, match="closed"):
+        await p.sessions.add_message("s", {})
+    driver.gate.set()
+    assert await adding == 1
+    await p.close(timeout=5)
+    assert driver.closed == 1
 
 
 def test_use_after_a_fork_is_refused() -> None:

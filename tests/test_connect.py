@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pymongo import MongoClient
 
 import persistence
+import persistence.drivers
 from persistence import (
     ConfigurationError,
     Persistence,
@@ -253,6 +255,25 @@ asyncio.run(main())
     result = run(tmp_path, script)
     assert f"ConfigurationError: the {extra} driver needs the package" in result.stderr
     assert f"pip install 'agent-persistence[{extra}]'" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["postgresql", "mysql", "redis", "mongodb"])
+def test_what_is_no_client_of_the_right_kind_is_told_at_once(name: str) -> None:
+    driver = getattr(persistence.drivers, f"{name}_driver")
+    wrong: object = MongoClient(connect=False) if name == "mongodb" else object()  # one that does not await
+    with pytest.raises(ConfigurationError, match="client must be"):
+        driver(client=wrong)
+    with pytest.raises(ConfigurationError, match="client=…"):
+        driver(wrong)
+
+
+@pytest.mark.parametrize("name", ["redis", "mongodb"])
+def test_an_address_beside_an_url_is_refused(name: str) -> None:
+    driver = getattr(persistence.drivers, f"{name}_driver")
+    for address in ({"host": "elsewhere"}, {"port": 1}):
+        with pytest.raises(ConfigurationError, match="without an URL"):
+            driver(f"{name}://localhost", **address)
+    assert repr(driver(host="::1", port=1)).startswith(f"{name}_driver('{name}://[::1]:1'")
 
 
 def test_all_names_exist() -> None:

@@ -68,6 +68,31 @@ async def test_an_entry_is_a_document(server: Servers) -> None:
         assert type(found["ver"]) is Int64
 
 
+async def test_the_view_shows_names_and_values_and_survives_any_value(server: Servers) -> None:
+    url, name = server("mongodb").url, f"things{uuid.uuid4().hex}"
+    values = {"json": '{"text": "grüße"}'.encode(), "text": b"no json", "bytes": b"\xff\x00"}
+    async with opened(url, namespace="app", collection=name) as driver:
+        await driver.commit([Write("session/1", tuple(Put(k, v) for k, v in values.items()), 258)])
+        arguments = driver.view_ddl().partition(".createView")[2]
+    view, source, pipeline = json.loads(f"[{arguments[1:-1]}]")  # as mongosh reads it
+    with MongoClient[Any](url) as client:
+        try:
+            client.persistence.command("create", view, viewOn=source, pipeline=pipeline)
+            shown = {row["key"]: row for row in client.persistence[view].find()}
+        finally:
+            client.persistence.drop_collection(view)
+            client.persistence.drop_collection(source)
+    assert shown["json"] == {
+        "namespace": "app",
+        "partition": "session/1",
+        "key": "json",
+        "value": {"text": "grüße"},
+        "bytes": 19,
+        "version": 258,
+    }
+    assert [shown[key]["value"] for key in ("text", "bytes")] == [None, None]
+
+
 async def test_commands_are_as_few_as_can_be(server: Servers) -> None:
     names = [f"p{number}" for number in range(8)]
     seen = Commands()

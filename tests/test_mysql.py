@@ -367,8 +367,8 @@ async def test_passwords_are_sent_as_the_server_knows_them(on: ModuleType, serve
             assert await driver.commit([create("p")]) == [True]
 
 
-async def test_a_pool_of_the_other_client_library_is_refused(on: ModuleType) -> None:
-    with pytest.raises(ConfigurationError, match=on.client_library.__name__):
+async def test_what_is_no_pool_is_refused(on: ModuleType) -> None:
+    with pytest.raises(ConfigurationError, match="asyncmy or aiomysql"):
         on.MySQLDriver(client=object())
 
 
@@ -467,15 +467,17 @@ async def test_the_largest_write_fits_in_a_packet(on: ModuleType, server: Server
         await driver.purge(p, "", None)
 
 
-async def test_a_pool_passed_in_is_used_and_not_closed(on: ModuleType, server: Servers) -> None:
+@pytest.mark.parametrize("library", CLIENTS)
+async def test_a_pool_of_either_library_is_used_and_not_closed(library: str, server: Servers) -> None:
     parts = urlsplit(server("mysql").url)
-    pool = await on.client_library.create_pool(
+    pool = await import_module(library).create_pool(
         minsize=1, maxsize=2, host=parts.hostname, port=parts.port, user=parts.username,
-        password=unquote(parts.password or ""), db="persistence", client_flag=on._MULTI_STATEMENTS,
+        password=unquote(parts.password or ""), db="persistence",
     )  # fmt: skip
-    async with opened(on, None, client=pool) as driver:
+    async with opened(mysql, None, client=pool) as driver:
         assert driver.lanes == 2
         assert await driver.commit([create("p", "a", "b")]) == [True]
+        assert await driver.commit([create("p", "b", "c")]) == [False]
         assert len(await asyncio.gather(*(driver.get([Key("p", "a")]) for _ in range(8)))) == 8
     connection = await pool.acquire()
     await connection.ping()

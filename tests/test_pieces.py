@@ -177,7 +177,7 @@ def test_a_state_that_holds_itself_is_refused() -> None:
 
 def test_a_deep_state_comes_back() -> None:
     state: Any = "bottom"
-    for _ in range(600):
+    for _ in range(490):
         state = [state]
     assert stored(cut(state)) == state
 

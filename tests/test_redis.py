@@ -246,6 +246,18 @@ async def test_an_url_says_all_that_the_options_say(server: Servers) -> None:
         await driver.close()
 
 
+async def test_the_database_can_be_named_by_a_keyword_with_and_without_an_url(server: Servers) -> None:
+    url = server("redis").url
+    address: dict[str, Any] = {"host": "127.0.0.1", "port": int(url.rpartition(":")[2])}
+    for where, options in ((None, address), (url, dict[str, Any]())):
+        driver = RedisDriver(where, database=3, **options)
+        await driver.open()
+        try:
+            assert (await _client(driver).client_info())["db"] == 3
+        finally:
+            await driver.close()
+
+
 async def test_open_warns_of_a_server_that_may_lose_data(
     own_server: Servers, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,12 +276,14 @@ async def test_open_warns_of_a_server_that_may_lose_data(
     assert "needs appendfsync always; the server has appendfsync everysec" in await warnings()
     assert not await warnings("process")
     machine.command("CONFIG", "SET", "appendonly", "no")
-    assert "neither AOF nor RDB" in await warnings("process")
+    assert "set appendonly yes and appendfsync always" in await warnings("process")
     machine.command("CONFIG", "SET", "save", "60 1")
-    assert "the server has no AOF" in await warnings()
+    assert "the server has no AOF; set appendonly yes as well" in await warnings()
     assert not await warnings("process")
     machine.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
-    assert "maxmemory-policy is allkeys-lru" in await warnings("process")
+    said = await warnings("process")
+    assert "maxmemory-policy is allkeys-lru" in said
+    assert "set it to noeviction" in said
 
     machine.command("ACL", "SETUSER", "tenant", "on", ">secret", "~*", "+@all", "-config")
     assert "CONFIG is forbidden" in await warnings(url=f"redis://tenant:secret@127.0.0.1:{machine.port}")

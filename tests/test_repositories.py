@@ -594,6 +594,28 @@ async def test_what_was_never_saved_or_is_deleted_already_takes_its_children_alo
     assert await p.containers.delete_container("c") == Deleted(images=1)
 
 
+async def test_a_fork_of_the_same_millisecond_is_the_most_recent_session_of_the_image() -> None:
+    async with create_persistence(memory_driver(), clock=lambda: 1_000) as p:
+        await p.sessions.save_session(session("s", created_at=1_000))
+        first = await p.sessions.fork_session("s", new_session_id="z")
+        assert await p.sessions.find_session_by_image_id("img_1") == first
+        second = await p.sessions.fork_session("z")
+        assert await p.sessions.find_session_by_image_id("img_1") == second
+
+
+async def test_an_image_takes_the_messages_of_its_session_along_that_was_never_saved(p: Persistence) -> None:
+    for image_id, session_id in (("img_1", "loose"), ("img_2", "loose_2"), ("img_3", "another's")):
+        await p.images.save_image(image(image_id, session_id=session_id))
+        await p.sessions.add_messages(session_id, [{"n": 1}, {"n": 2}])
+    await p.sessions.save_session(session("another's", image_id="img_9", container_id="d"))
+    assert await p.images.delete_image("img_1") == Deleted(images=1, messages=2)
+    assert await p.sessions.get_messages("loose") == []
+    with pytest.raises(NotFoundError):
+        await p.sessions.add_message("loose", {"n": 3})
+    assert await p.containers.delete_container("c") == Deleted(images=2, messages=2)
+    assert await p.sessions.count_messages("another's") == 2
+
+
 async def test_without_cascade_the_children_stay(p: Persistence) -> None:
     await p.images.save_image(image())
     await p.sessions.save_session(session())

@@ -83,7 +83,7 @@ async def counted(server: Server, namespace: str) -> AsyncIterator[tuple[Driver,
 
 
 def make(server: Server, url: str, options: str) -> Driver:
-    if isinstance(server, RedisCluster):
+    if server.engine == "redis_cluster":
         url = url.replace("redis:", "redis+cluster:")
     return SERVERS[server.engine](f"{url}{'&' if '?' in url else '?'}{options}")
 

@@ -157,6 +157,18 @@ def test_a_server_that_exists_can_be_named(monkeypatch: pytest.MonkeyPatch) -> N
         server.kill()
 
 
+@pytest.mark.parametrize("asked", ["port", "nodes", "command"])
+def test_what_only_a_server_of_ours_has_is_told_of_one_that_exists(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "_shared", {})
+    monkeypatch.setenv("PERSISTENCE_TEST_REDIS_CLUSTER_URL", "redis://elsewhere")
+    server = servers.get("redis_cluster")
+    assert server.engine == "redis_cluster"
+    with pytest.raises(servers.NotAvailable, match="redis_cluster NOT TESTED"):
+        getattr(server, asked)("PING")
+
+
 def test_a_server_that_cannot_start_shows_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers.Redis, "options", ["--no-such-option", "1"])
 
