@@ -76,6 +76,7 @@ async def connected(url: str, *, root: bool = False) -> AsyncIterator[Session]:
         user=account[0],
         password=account[1],
         db=parts.path[1:],
+        charset="utf8mb4",
         autocommit=True,
     )
     try:
@@ -114,7 +115,8 @@ async def eventually(call: Callable[[], Awaitable[Any]]) -> Any:
 async def until_somebody_waits_for_a_lock(session: Session) -> None:
     for _ in range(50):
         await asyncio.sleep(0.11)  # the server answers from a cache of 0.1 seconds, which reading keeps alive
-        if (await session.ask("SELECT COUNT(*) FROM information_schema.innodb_lock_waits"))[0][0]:
+        waits = "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+        if (await session.ask(waits))[0][0]:
             return
     pytest.fail("nobody waits for a lock")
 
@@ -242,11 +244,12 @@ async def test_every_plan_uses_the_index(on: ModuleType, server: Servers) -> Non
                 expected=" OR ".join(f"(p = x'6e2f7031' AND k = x'3030303{n}' AND ver = 1)" for n in (1, 2)),
             ),
         ):
-            # id, select_type, table, type, possible_keys, key, …
-            plan = [row[:6] for row in await driver._fetch(f"EXPLAIN {statement}")]
-            assert [row for row in plan if row[2] in (table, "t")]
-            assert {row[5] for row in plan if row[2] in (table, "t")} <= {"PRIMARY", None}
-            assert not [row for row in plan if row[2] in (table, "t") and row[3] == "ALL"]
+            # id, select_type, table, of MySQL partitions, type, possible_keys, key, …
+            rows = await driver._fetch(f"EXPLAIN FORMAT=TRADITIONAL {statement}")
+            plan = [row[-9:] if len(row) == 12 else row[3:] for row in rows if row[2] in (table, "t")]
+            assert plan
+            assert {key for _, _, key, *_ in plan} <= {"PRIMARY", None}
+            assert not [row for row in plan if row[0] == "ALL"]
 
 
 # Options, URLs, errors.
@@ -357,10 +360,7 @@ async def test_passwords_are_sent_as_the_server_knows_them(on: ModuleType, serve
     for secret in ("pässwörd", "пароль"):
         user = f"u{uuid.uuid4().hex[:12]}"
         async with connected(url, root=True) as root:
-            coded = secret.encode().hex()
-            await root.ask(
-                f"EXECUTE IMMEDIATE CONCAT('CREATE USER {user} IDENTIFIED BY ', QUOTE(X'{coded}'))"
-            )
+            await root.ask(f"CREATE USER {user} IDENTIFIED BY '{secret}'")
             await root.ask(f"GRANT ALL ON persistence.* TO {user}")
         port = urlsplit(url).port
         async with opened(on, f"mysql://{user}:{quote(secret)}@127.0.0.1:{port}/persistence") as driver:
@@ -375,9 +375,8 @@ async def test_what_is_no_pool_is_refused(on: ModuleType) -> None:
 async def test_a_table_without_transactions_is_refused(on: ModuleType, server: Servers) -> None:
     url = server("mysql").url
     async with own_table(url) as table, connected(url) as session:
-        await session.ask(
-            on.MySQLDriver(url, table=table).ddl().replace("InnoDB ROW_FORMAT=DYNAMIC", "MyISAM")
-        )
+        ddl = on.MySQLDriver(url, table=table).ddl().replace("1024", "600")  # as long as MyISAM's may be
+        await session.ask(ddl.replace("InnoDB ROW_FORMAT=DYNAMIC", "MyISAM"))
         with pytest.raises(ConfigurationError, match="ENGINE=InnoDB"):
             await on.MySQLDriver(url, table=table).open()
         await session.ask(f"DROP TABLE {table}")
@@ -643,7 +642,7 @@ async def test_tls_is_used_where_it_is_asked_for_or_there_is_no_connection(
         assert cipher
     with pytest.raises(ConfigurationError, match="not trusted"):
         await on.MySQLDriver(secured, ssl=True).open()
-    with pytest.raises(PersistenceError, match=r"TLS|SSL"):  # aiomysql would have gone on in the clear
+    with pytest.raises(PersistenceError, match=r"TLS|SSL|not trusted"):  # aiomysql would go on in the clear
         await on.MySQLDriver(server("mysql").url, ssl_ca=str(ours.authority)).open()
     with pytest.raises(ConfigurationError, match="ssl_ca"):
         on.MySQLDriver(secured, ssl=False, ssl_ca=str(ours.authority))
