@@ -547,7 +547,9 @@ class RedisDriver:
         if self._stale and isinstance(self._client, RedisCluster):
             self._stale = False
             try:
-                await self._client.nodes_manager.initialize()
+                # Nodes are asked one after the other: time for one that does not answer, and one that does.
+                async with asyncio.timeout(1.5 * self._timeout):
+                    await self._client.nodes_manager.initialize()
             except BaseException:
                 self._stale = True
                 raise

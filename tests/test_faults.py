@@ -144,7 +144,7 @@ async def test_connections_cut_in_the_middle_of_requests_and_replies(engine: str
             await under_load(p, cut)
 
 
-@pytest.mark.parametrize("engine", SINGLE)
+@pytest.mark.parametrize("engine", REMOTE)
 async def test_a_server_paused_beyond_the_time_out(
     engine: str, own_server: OwnServer, tmp_path: Path
 ) -> None:
