@@ -87,7 +87,7 @@ _GRAINS: Final = (
 
 _INLINE = 512  # of what is too little for a piece, this much stays in the skeleton
 _UPPER_LEVELS = 4  # dicts within dicts, this deep, are cut however small: they hold the lists that grow
-_UPPER_MEMBERS = 32  # unless they have many members, as records do that are kept by id
+_UPPER_MEMBERS = 32  # but no more than so many of their members, which may be records that are kept by id
 _DEEPEST = 400  # nodes in nodes: a skeleton nests twice as deep, in a head that is to be readable anywhere
 _LONG_KEY = 128  # characters: longer ones are stored in pieces, not in the skeleton
 _INT64 = 1 << 63
@@ -298,17 +298,17 @@ class _Cutter:
                 exotic = True
             if max(map(len, value)) > _LONG_KEY:
                 return self._pairs(value, limit)
-        below = 2 * self.grain.group if levels > 0 and len(value) <= _UPPER_MEMBERS else leaf
+        small = 8 * self.grain.group if levels > 0 else leaf
         total = 2
         sizes: list[int | Node] = []
         exotics: list[bool] = []
         cut = False
-        for key, item in value.items():
+        for place, (key, item) in enumerate(value.items()):
             self.exotic = exotic
             if type(item) is str and len(item) <= leaf:
                 size: int | Node = len(item) + 2
             else:
-                size = self._visit(item, below, levels - 1)
+                size = self._visit(item, small if place < _UPPER_MEMBERS else leaf, levels - 1)
             sizes.append(size)
             exotics.append(self.exotic)
             if type(size) is int:

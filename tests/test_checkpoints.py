@@ -981,13 +981,18 @@ def written(driver: RecordingDriver) -> int:
     )
 
 
-@pytest.mark.parametrize("lists", [1, 2])
-async def test_a_thousand_steps_cost_what_each_added(driver: RecordingDriver, lists: int) -> None:
+@pytest.mark.parametrize("growth", ["a list", "two lists", "by id"])
+async def test_a_thousand_steps_cost_what_each_added(driver: RecordingDriver, growth: str) -> None:
     grown: dict[str, Any] = {"version": 2, "messages": [], "steps": [], "usage": {"tokens": 0}}
+    if growth == "by id":
+        grown["messages"] = {}
     async with create_persistence(driver) as p:
         for i in range(1000):
-            grown["messages"].append(message(i, 950))
-            if lists == 2:
+            if growth == "by id":
+                grown["messages"][f"msg_{i}"] = message(i, 950)
+            else:
+                grown["messages"].append(message(i, 950))
+            if growth == "two lists":
                 grown["steps"].append({"index": i, "text": f"{i}" * 100})
             grown["usage"]["tokens"] += 7
             driver.forget()
