@@ -266,8 +266,8 @@ class RedisDriver:
             most = min(most, self._given.connection_pool.max_connections)
         self._turn = asyncio.Semaphore(most)
         try:
+            await check_files("redis", self._url, self._options, _FILES)
             if self._client is None:
-                await check_files("redis", self._url, self._options, _FILES)
                 self._client = self._connect()
             with _translated():
                 if isinstance(self._client, RedisCluster):

@@ -162,8 +162,7 @@ class SQLiteDriver:
             await self._writer.open(self._connect)
             await self._writer.run(self._prepare)
             await self._reader.open(self._connect)
-            if self._here is None:
-                self._here = await self._reader.run(lambda _: self._connect(waiting=False))
+            await self._reader.run(self._open_here)
         except BaseException:
             await self.close()
             raise
@@ -335,6 +334,10 @@ class SQLiteDriver:
         return sqlite3.connect(
             uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=waiting
         )
+
+    def _open_here(self, _: sqlite3.Connection) -> None:
+        if self._here is None:  # one at a time, in the reader's thread: nobody else opens it too
+            self._here = self._connect(waiting=False)
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         """Change nothing in a file that cannot be used; in any other make what is missing."""
