@@ -224,8 +224,8 @@ class MongoDBDriver:
         if self._collection is not None:
             return
         try:
+            await check_files("mongodb", self._url, self._options, _FILES)
             if self._client is None:
-                await check_files("mongodb", self._url, self._options, _FILES)
                 self._client = self._connect()
             with self._translated():
                 with pymongo.timeout(self._connect_timeout):  # replaces serverSelectionTimeoutMS
