@@ -32,6 +32,8 @@ class MemoryDriver:
     process, and there is nothing to `create`.
     """
 
+    any_loop = True
+
     def __init__(
         self,
         *,

@@ -27,6 +27,7 @@ from contextvars import ContextVar
 from functools import partial
 from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 from zlib import crc32
 
 import msgspec
@@ -93,6 +94,10 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
+
+
+_homes: WeakKeyDictionary[Driver, tuple[asyncio.AbstractEventLoop, int]] = WeakKeyDictionary()
+"""Where each open driver was opened: its event loop, and `_forks` of its process."""
 
 
 class Call:
@@ -210,6 +215,15 @@ class _Member(msgspec.Struct, eq=False):
     size: int
     reply: Reply
     calls: Sequence[Call]
+    sent: bool = False  # it is under way
+    room: Room | None = None  # to be given back when its outcome is known, for the caller has given up
+
+    def give_room(self) -> None:
+        """Take note that it is not under way, and return the room that its caller has left to it."""
+        self.sent = False
+        if self.room is not None:
+            self.room.give(self.size)
+            self.room = None
 
 
 class _Group(msgspec.Struct, eq=False):
@@ -228,9 +242,12 @@ class _Group(msgspec.Struct, eq=False):
 
     def waiting(self) -> bool:
         """Tell whether anybody still wants this written; forget those who do not."""
-        if len(self.members) == 1:
-            return not self.members[0].reply.done()
+        if len(self.members) == 1 and not self.members[0].reply.done():
+            return True
         if any(member.reply.done() for member in self.members):
+            for member in self.members:
+                if member.reply.done():
+                    member.give_room()
             self.members = [member for member in self.members if not member.reply.done()]
             self.ops = sum(len(member.ops) for member in self.members)
         return bool(self.members)
@@ -263,6 +280,7 @@ class _Group(msgspec.Struct, eq=False):
         ops = members[0].ops if len(members) == 1 else tuple(op for member in members for op in member.ops)
         self.write = Write(self.partition, ops, random_version())
         for member in members:
+            member.sent = True
             for call in member.calls:
                 call.sent = True
         return self.write
@@ -276,11 +294,14 @@ class _Group(msgspec.Struct, eq=False):
                     call.changed = True
             if not member.reply.done():
                 member.reply.set_result(version)
+            else:
+                member.give_room()
 
     def fail(self, error: BaseException) -> None:
         """Give every member the error."""
         self.settled = True
         for member in self.members:
+            member.give_room()
             fail(member.reply, error)
 
 
@@ -317,6 +338,7 @@ class Coalescer:
 
     async def open(self) -> None:
         """Open the driver on this event loop. What fails, or is given up, is closed again."""
+        self._settle_in()
         opening = self.loop.create_task(self._driver.open())
         try:
             await asyncio.shield(opening)
@@ -325,12 +347,30 @@ class Coalescer:
             self.start(self._close_opened(opening))
             raise
         except BaseException:
+            self._move_out()
             await self._driver.close()
             raise
+
+    def _settle_in(self) -> None:
+        """Raise `ConfigurationError` for a driver whose connections another loop or process made."""
+        with suppress(TypeError):  # a driver may be of a kind that cannot be noted
+            loop, forks = _homes.get(self._driver, (self.loop, _forks))
+            if forks != _forks:
+                message = f"{self._driver!r} was opened before a fork; make a new driver in the child"
+                raise ConfigurationError(message)
+            if loop is not self.loop and not getattr(self._driver, "any_loop", False):
+                message = f"{self._driver!r} is open on another event loop; make a driver for each loop"
+                raise ConfigurationError(message)
+            _homes[self._driver] = self.loop, _forks
+
+    def _move_out(self) -> None:
+        with suppress(TypeError):
+            _homes.pop(self._driver, None)
 
     async def _close_opened(self, opening: asyncio.Task[None]) -> None:
         with suppress(Exception):  # nobody waits for it any more
             await opening
+        self._move_out()
         await self._driver.close()
 
     async def close(self) -> None:
@@ -349,6 +389,7 @@ class Coalescer:
             await last_call_has_left
         while tasks := self._under_way():
             await asyncio.wait(tasks)
+        self._move_out()
         await self._driver.close()
 
     def check(self) -> None:
@@ -356,7 +397,7 @@ class Coalescer:
         if self._closed is not None:
             message = "this persistence is closed; call create_persistence() again"
         elif self._forks != _forks:
-            message = "this persistence was opened before a fork; call create_persistence() in the child"
+            message = "opened before a fork; call create_persistence() in the child, with a new driver"
         elif asyncio.get_running_loop() is not self.loop:
             message = "this persistence was opened on another event loop; open one for each loop"
         else:
@@ -399,7 +440,11 @@ class Coalescer:
 
         async def call() -> Page:
             async with self._scans:
-                return await self._driver.scan(partition, start, end, limit=limit, reverse=reverse)
+                page = await _answered(self._driver.scan(partition, start, end, limit=limit, reverse=reverse))
+            if len(page.entries) > limit or (page.more and not page.entries):
+                message = f"the driver's scan() gave {len(page.entries)} of {limit} entries, more={page.more}"
+                raise ConfigurationError(message)
+            return page
 
         return await self._run(call)
 
@@ -472,7 +517,7 @@ class Coalescer:
             return await self._get(keys)
 
     async def _get(self, keys: Sequence[Key]) -> list[Entry | None]:
-        entries = await self._driver.get(keys)
+        entries = await _answered(self._driver.get(keys))
         if len(entries) != len(keys):
             message = f"the driver's get() gave {len(entries)} entries for {len(keys)} keys"
             raise ConfigurationError(message)
@@ -533,13 +578,21 @@ class Coalescer:
         size = _checked_size(partition, ops)
         if not self.room.take_at_once(size):
             await self.room.take(size)
+        call = CALL.get()
+        future: asyncio.Future[int] = self.loop.create_future()
+        member = _Member(ops, size, future, () if call is None else (call,))
         try:
-            call = CALL.get()
-            future: asyncio.Future[int] = self.loop.create_future()
-            self._queue(partition, _Member(ops, size, future, () if call is None else (call,)), hint)
-            return await future
-        finally:
-            self.room.give(size)
+            self._queue(partition, member, hint)
+            version = await future
+        except BaseException:
+            if member.sent and future.cancelled():  # it is under way, and in memory
+                member.room = self.room
+            else:
+                member.ops = ()
+                self.room.give(size)
+            raise
+        self.room.give(size)
+        return version
 
     def submit(self, partition: str, ops: tuple[Op, ...], reply: Reply, calls: Sequence[Call]) -> None:
         """Do what `write` does for the public `calls`, and tell `reply`. The caller has taken room."""
@@ -595,7 +648,7 @@ class Coalescer:
             self.start(self._settle(lane, unknown, cause))
 
     async def _send(self, groups: Sequence[_Group]) -> Sequence[bool | None]:
-        outcomes = await self._driver.commit([group.write for group in groups])
+        outcomes = await _answered(self._driver.commit([group.write for group in groups]))
         if len(outcomes) != len(groups):
             message = f"the driver's commit() gave {len(outcomes)} outcomes for {len(groups)} writes"
             raise ConfigurationError(message)
@@ -717,6 +770,18 @@ class Coalescer:
         await self._probe([group])
         if not group.settled:
             self._decide(lane, group, applied=False)
+
+
+async def _answered(call: Awaitable[T]) -> T:
+    """Await a driver's call; one that ends as if cancelled, though nobody has, got no answer."""
+    try:
+        return await call
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        message = "the driver's client has cancelled a call"
+        raise UnavailableError(message) from error
 
 
 def _unknown(group: _Group, cause: BaseException | None) -> PersistenceError:

@@ -199,6 +199,9 @@ class Collection(Generic[R]):
         it, and returns the version or `ABSENT`; by default it is just put.
         `expire` deletes the expired record of that id, which makes way.
         """
+        if expected_version is not None and type(expected_version) is not int:
+            message = f"expected_version={expected_version!r:.80}: use the version of a record, or 0 for none"
+            raise InvalidValueError(message)
         record = self._checked(record)
         partition = self.kind.partition(self.kind.id_of(record))
         hints = self.kind.hints(record)

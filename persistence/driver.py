@@ -158,7 +158,9 @@ class Driver(Protocol):
 
     An optional attribute ``lanes: int`` says how many `commit` calls the core
     may have under way at once (1 where it is missing: one at a time). Lanes
-    are chosen by partition; Writes to one partition never overlap.
+    are chosen by partition; Writes to one partition never overlap. Another,
+    ``any_loop: bool``, says that it holds nothing that belongs to the event
+    loop it was opened on.
     """
 
     async def open(self) -> None:

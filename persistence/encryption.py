@@ -62,6 +62,7 @@ class EncryptedDriver:
         self._head = ENCRYPTED + _name(keys[0])
         self._cipher = self._ciphers[_name(keys[0])]
         self.lanes: int = getattr(self._driver, "lanes", 1)
+        self.any_loop: bool = getattr(self._driver, "any_loop", False)
 
     def __repr__(self) -> str:
         return f"encrypted({self._driver!r})"

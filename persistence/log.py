@@ -28,7 +28,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 from msgspec import UNSET
 
-from persistence.coalescer import CALL, RETRY_SECONDS, Call, Tries, backoff, fail, outpaced
+from persistence.coalescer import CALL, RETRY_SECONDS, Call, Room, Tries, backoff, fail, outpaced
 from persistence.driver import ABSENT, MAX_WRITE_OPS, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
@@ -141,6 +141,15 @@ class _Append(msgspec.Struct, eq=False):
     edit: Callable[[Tail], Awaitable[tuple[Op, ...] | None]] | None = None
     looked: bool = False  # the end was read after this append had been asked for
     deadline: float | None = None  # set when another writer was faster for the first time
+    sent: bool = False  # its Write is under way
+    room: Room | None = None  # to be given back when that has arrived, for the caller has given up
+
+    def give_room(self) -> None:
+        """Take note that it is not under way, and return the room that its caller has left to it."""
+        self.sent = False
+        if self.room is not None:
+            self.room.give(self.size)
+            self.room = None
 
 
 class _Flight(msgspec.Struct, eq=False):
@@ -223,8 +232,14 @@ class Log:
                 await coalescer.room.take(size)
             try:
                 first = await self._enqueue(partition, append)
-            finally:
-                coalescer.room.give(size)  # before the chunks ask for room
+            except BaseException:
+                if append.sent and append.future.cancelled():  # its Write is under way, and in memory
+                    append.room = coalescer.room
+                else:
+                    append.items = ()
+                    coalescer.room.give(size)
+                raise
+            coalescer.room.give(size)  # before the chunks ask for room
             if first:
                 return first
             for item in items:  # refused; what has no chunks has no value here either
@@ -417,6 +432,7 @@ class Log:
         ops: list[Op] = []
         firsts: list[int] = []
         for append in batch:
+            append.sent = True
             firsts.append(number + 1)
             for item in append.items:
                 number += 1
@@ -440,8 +456,12 @@ class Log:
             for append, first in zip(flight.batch, flight.firsts, strict=True):
                 if not append.future.done():
                     append.future.set_result(first)
+                else:
+                    append.give_room()
             return True
         self._tails.pop(partition, None)
+        for append in flight.batch:
+            append.give_room()
         if error is None:
             deadline = self._store.coalescer.loop.time() + RETRY_SECONDS
             for append in flight.batch:

@@ -10,8 +10,10 @@ import random
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,13 +43,16 @@ from persistence.driver import (
     MAX_WRITE_OPS,
     Check,
     Delete,
+    Driver,
     Entry,
     Key,
     Op,
+    Page,
     Put,
     Write,
 )
 from persistence.drivers.memory import MemoryDriver
+from persistence.drivers.sqlite import sqlite_driver
 
 
 @pytest.fixture(autouse=True)
@@ -321,6 +326,27 @@ async def test_the_bytes_that_wait_are_bounded(driver: RecordingDriver) -> None:
     done = await asyncio.gather(*tasks, return_exceptions=True)
     assert sum(isinstance(outcome, int) for outcome in done) == 32
     await core.close()
+
+
+@pytest.mark.parametrize("session", ["s", "s{}"])
+async def test_callers_that_give_up_do_not_fill_the_memory(driver: RecordingDriver, session: str) -> None:
+    async with create_persistence(driver) as p:
+        core = p._store.coalescer
+        core.room = Room(10 << 20)
+        await p.sessions.add_message(session, {})
+        driver.gate.clear()
+        tracemalloc.start()
+        try:
+            for n in range(60):
+                message = {"text": "x" * 900_000}
+                with pytest.raises((UnavailableError, OutcomeUnknownError)):
+                    await p.sessions.add_message(session.format(n), message, timeout=0.003)
+            assert tracemalloc.get_traced_memory()[0] < 30 << 20
+        finally:
+            tracemalloc.stop()
+            driver.gate.set()
+        assert await p.sessions.add_message(session, {}) > 1
+        assert core.room._free == 10 << 20
 
 
 async def test_room_given_back_at_once_is_room_for_all_that_fit() -> None:
@@ -1045,3 +1071,58 @@ def test_a_loop_that_ends_in_the_middle_leaves_no_noise() -> None:
 
 def test_the_get_limit_is_the_contract_s() -> None:
     assert MAX_GET_KEYS == 256
+
+
+async def _open_and_count(driver: Driver) -> int:
+    async with create_persistence(driver) as p:
+        return await p.sessions.count_messages("s")
+
+
+async def test_a_driver_that_is_open_on_another_event_loop_says_so(tmp_path: Path) -> None:
+    driver = sqlite_driver(tmp_path / "a.db")
+    async with create_persistence(driver) as p:
+        with pytest.raises(ConfigurationError, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, _open_and_count(driver))
+        assert await p.sessions.add_message("s", {}) == 1
+    assert await asyncio.to_thread(asyncio.run, _open_and_count(driver)) == 1  # closed: it may move
+
+
+async def test_a_driver_that_was_opened_before_a_fork_says_so_in_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = sqlite_driver(tmp_path / "a.db")
+    async with create_persistence(driver):
+        with monkeypatch.context() as child:
+            child.setattr("persistence.coalescer._forks", 1)
+            with pytest.raises(ConfigurationError, match="new driver in the child"):
+                await create_persistence(driver)
+
+
+@pytest.mark.parametrize(("beyond", "more"), [(1, False), (-1, True)])
+async def test_a_page_that_breaks_the_contract_is_not_read_as_one(
+    driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch, beyond: int, more: bool
+) -> None:
+    async def scan(*_: Any, limit: int, reverse: bool = False) -> Page:
+        return Page([Entry(f"k{n}", b"{}", 1) for n in range(limit + 1 if beyond > 0 else 0)], more)
+
+    async with create_persistence(driver) as p:
+        monkeypatch.setattr(driver, "scan", scan)
+        with pytest.raises(ConfigurationError, match=r"scan\(\)"):
+            await p.sessions.get_messages("s")
+
+
+async def test_a_call_that_the_drivers_client_cancels_is_settled_as_any_other(
+    driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = driver.commit
+    lost = [True, False]
+
+    async def lose(writes: Sequence[Write]) -> list[bool | None]:
+        outcomes = await commit(writes)
+        if lost and lost.pop():
+            raise asyncio.CancelledError
+        return outcomes
+
+    async with create_persistence(driver) as p:
+        monkeypatch.setattr(driver, "commit", lose)
+        assert [await p.sessions.add_message("s", {"n": n}) for n in range(4)] == [1, 2, 3, 4]

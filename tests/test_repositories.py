@@ -759,3 +759,10 @@ async def test_a_record_that_cannot_be_read_can_be_deleted(
         assert getattr(await delete("one"), f"{kind}s") == 1
         assert [records.kind.id_of(record) for record in await records.page(place)] == ["two"]
         assert not await delete("one")
+
+
+@pytest.mark.parametrize("version", ["5", 1.0, False, True])
+async def test_an_expected_version_of_the_wrong_type_is_refused(p: Persistence, version: Any) -> None:
+    with pytest.raises(InvalidValueError, match="expected_version"):
+        await p.containers.save_container({"container_id": "c"}, expected_version=version)
+    assert await p.containers.find_all_containers() == []
