@@ -148,12 +148,12 @@ class Collection(Generic[R]):
         (entry,) = await self.store.coalescer.ask((key,))
         return None if entry is None else await self._record(key.partition, entry)
 
-    async def find_many(self, ids: Sequence[str]) -> list[R | None]:
-        """Return the record of each id: one round trip for up to 256."""
+    async def find_many(self, ids: Sequence[str], *, expired: bool = False) -> list[R | None]:
+        """Return the record of each id: one round trip for up to 256; with `expired` also of those over."""
         keys = [Key(self.kind.partition(id), RECORD) for id in ids]
         entries = await self.store.coalescer.get(keys)
         return [
-            None if entry is None else await self._record(key.partition, entry)
+            None if entry is None else await self._record(key.partition, entry, expired=expired)
             for key, entry in zip(keys, entries, strict=True)
         ]
 
@@ -312,8 +312,10 @@ class Collection(Generic[R]):
 
     # ---- listings
 
-    async def page(self, place: Place, *, limit: int | None = None, cursor: str | None = None) -> Listing[R]:
-        """Return the records listed at `place`, newest first, ties by id."""
+    async def page(
+        self, place: Place, *, limit: int | None = None, cursor: str | None = None, expired: bool = False
+    ) -> Listing[R]:
+        """Return the records listed at `place`, newest first, ties by id; with `expired`, those over too."""
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
             message = f"limit={limit!r}: use a whole number from 0 on, or None for all"
             raise InvalidValueError(message)
@@ -325,7 +327,7 @@ class Collection(Generic[R]):
             wanted = MAX_GET_KEYS if limit is None else min(limit - len(found) + 1, MAX_GET_KEYS)
             page = await self.store.coalescer.scan(place.partition, start, end, limit=wanted)
             hints = [self.store.unpack(self.hint_decoder, place.partition, entry) for entry in page.entries]
-            records = await self.find_many([hint.id for hint in hints])
+            records = await self.find_many([hint.id for hint in hints], expired=expired)
             for index, (entry, record) in enumerate(zip(page.entries, records, strict=True)):
                 if record is not None and Key(place.partition, entry.key) in self.kind.hints(record):
                     found.append(record)
@@ -398,7 +400,7 @@ class Collection(Generic[R]):
                 raise InvalidValueError(message)
         return record
 
-    async def _record(self, partition: str, entry: Entry) -> R | None:
+    async def _record(self, partition: str, entry: Entry, *, expired: bool = False) -> R | None:
         try:
             body = self._plain.decode(entry.value)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -411,9 +413,9 @@ class Collection(Generic[R]):
                 and body.f == FORMAT
             ):
                 record.version = entry.version
-                return None if self.kind.expires_at is not None and self.expired(record) else record
+                return None if self.kind.expires_at and not expired and self.expired(record) else record
         found = (await self._loaded(partition, entry)).record
-        return None if found is None or self.expired(found) else found
+        return None if found is None or (not expired and self.expired(found)) else found
 
     async def _load_what_is_there(self, partition: str) -> Loaded[R]:
         (entry,) = await self.store.coalescer.get([Key(partition, RECORD)])

@@ -768,7 +768,7 @@ class Images(Repository):
             removed += await self._sessions._delete(deleted.session_id, unsaved=True)
         place = Place(partition, "session/")
         listed = self._sessions.records.listed_at(place)  # one that was moved meanwhile stays
-        while page := await self._sessions.records.page(place, limit=_PAGE):
+        while page := await self._sessions.records.page(place, limit=_PAGE, expired=True):
             for session in page:
                 removed += await self._sessions._delete(session.session_id, only=listed)
         return removed
@@ -1066,7 +1066,7 @@ class Containers(Repository):
             records: Collection[Any] = repository.records
             place = Place(partition, prefix)
             listed = records.listed_at(place)
-            while page := await records.page(place, limit=_PAGE):
+            while page := await records.page(place, limit=_PAGE, expired=True):
                 for record in page:
                     removed += await delete(records.kind.id_of(record), only=listed)
         return removed

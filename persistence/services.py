@@ -116,7 +116,10 @@ class HookedAgent(Agent, Protocol):
 class App(Protocol):
     """An application that can be saved and restored, by methods that may be coroutine functions."""
 
-    session_id: str
+    @property
+    def session_id(self) -> str:
+        """Return the id of the session that it runs in; a plain attribute does as well."""
+        ...
 
     def generate_checkpoint(self) -> Any:
         """Return the state."""

@@ -710,6 +710,17 @@ async def test_an_expired_session_that_is_saved_starts_anew(make_driver: MakeDri
         assert await p.sessions.get_messages("s") == [{"n": 2}]
 
 
+@pytest.mark.parametrize("of", ["container", "image"])
+async def test_a_cascade_takes_the_sessions_along_whose_time_has_come(of: str) -> None:
+    async with create_persistence(memory_driver(), clock=lambda: 1_000) as p:
+        await p.images.save_image(image())
+        await p.sessions.save_session(session("s", expires_at=1_000))
+        await p.sessions.add_message("s", {"n": 1})
+        delete = p.containers.delete_container("c") if of == "container" else p.images.delete_image("img_1")
+        assert await delete == Deleted(images=1, sessions=1, messages=1)
+        assert await p.sessions.get_messages("s") == []
+
+
 @pytest.mark.parametrize("expires_at", ["soon", 1.5, True, 1 << 63])
 async def test_a_bad_expiry_is_refused(p: Persistence, expires_at: Any) -> None:
     with pytest.raises(InvalidValueError, match="expires_at"):

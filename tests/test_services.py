@@ -420,8 +420,12 @@ class CounterApp:
     """An application that counts."""
 
     def __init__(self, session_id: str = "run-1", count: int = 0) -> None:
-        self.session_id = session_id
+        self._session_id = session_id
         self.count = count
+
+    @property
+    def session_id(self) -> str:  # mypy tells if it had to be settable
+        return self._session_id
 
     def generate_checkpoint(self) -> Any:
         return {"count": self.count}
