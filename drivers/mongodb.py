@@ -49,6 +49,7 @@ from persistence.options import (
     missing_client,
     split_url,
     take_apart,
+    unapplied,
     untrusted,
     url_or_address,
 )
@@ -282,8 +283,13 @@ class MongoDBDriver:
         for place, write in enumerate(writes):
             kinds.setdefault(self._way(write), []).append(place)
         outcomes: _Outcomes = [None] * len(writes)
-        with self._translated(), self._unhindered():
-            results = await _settled([way([writes[n] for n in places]) for way, places in kinds.items()])
+        try:
+            with self._translated(), self._unhindered():
+                results = await _settled([way([writes[n] for n in places]) for way, places in kinds.items()])
+        except UnavailableError as error:
+            if [*kinds] == [self._insert] and isinstance(error.__cause__, errors.ServerSelectionTimeoutError):
+                raise unapplied(error) from error.__cause__  # the one command had nowhere to go
+            raise
         for places, result in zip(kinds.values(), results, strict=True):
             for place, outcome in zip(places, result or (), strict=result is not None):
                 outcomes[place] = outcome

@@ -51,6 +51,7 @@ from persistence.options import (
     missing_client,
     split_url,
     take_apart,
+    unapplied,
     untrusted,
 )
 
@@ -518,7 +519,8 @@ class MySQLDriver:
             except _FAILURES as error:
                 late = asyncio.get_running_loop().time() > deadline
                 if late or _code(error) not in _RETRIED:
-                    raise _translated(error) from error
+                    told = _translated(error)
+                    raise (unapplied(told) if _code(error) in _RETRIED else told) from error
             tries += 1
             await asyncio.sleep(random.uniform(0, min(0.002 * 2**tries, _LONGEST_PAUSE)))
 
@@ -532,6 +534,8 @@ class MySQLDriver:
             except RuntimeError as error:  # it was closed meanwhile, by its owner if that is another
                 message = f"mysql: {error}"
                 raise UnavailableError(message) from error
+            except _FAILURES as error:
+                raise unapplied(_translated(error)) from error
             in_order = False
             try:
                 if connection not in self._configured:

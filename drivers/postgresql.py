@@ -47,6 +47,7 @@ from persistence.options import (
     missing_client,
     split_url,
     take_apart,
+    unapplied,
     untrusted,
 )
 
@@ -437,7 +438,11 @@ class PostgreSQLDriver:
         outcomes: list[bool | None] = [number not in refused for number in range(len(writes))]
         for number in refused:
             if _PRESENT in _expected(writes[number]):
-                outcomes[number] = await self._apply_holding(names[number], writes[number])
+                try:
+                    outcomes[number] = await self._apply_holding(names[number], writes[number])
+                except UnavailableError as error:
+                    error.unapplied = False  # others of this call were sent
+                    raise
         return outcomes
 
     async def purge(self, partition: str, start: str, end: str | None) -> None:
@@ -506,6 +511,7 @@ class PostgreSQLDriver:
             raise ConfigurationError("the driver is not open")
         deadline, tries = asyncio.get_running_loop().time() + self._timeout, 0
         while True:
+            connection = None
             try:
                 connection = await pool.acquire(timeout=self._timeout)
                 try:
@@ -537,7 +543,9 @@ class PostgreSQLDriver:
             ) as error:
                 late = asyncio.get_running_loop().time() > deadline
                 if late or not isinstance(error, _RETRIED):
-                    raise self._translated(error) from error
+                    told = self._translated(error)
+                    undone = connection is None or isinstance(error, _RETRIED)
+                    raise (unapplied(told) if undone else told) from error
             tries += 1
             await asyncio.sleep(random.uniform(0, min(0.002 * 2**tries, _LONGEST_PAUSE)))
 

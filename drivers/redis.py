@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
-from persistence.errors import ConfigurationError, CorruptRecordError, UnavailableError
+from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
 from persistence.options import (
     Durability,
     check_durability,
@@ -42,6 +42,7 @@ from persistence.options import (
     masked_url,
     missing_client,
     split_url,
+    unapplied,
     untrusted,
     url_or_address,
 )
@@ -162,6 +163,7 @@ _ASKING = pack_command(("ASKING",))
 _NOT_RUN = (exceptions.NoScriptError, exceptions.AskError, exceptions.TryAgainError)  # AskError: MOVED too
 _BROKEN = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
 _REFUSALS = (exceptions.AuthenticationError, exceptions.NoPermissionError)
+_FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 _MISTAKES = ("Cluster mode is not enabled", "DB index is out of range")
 _SCAN_COUNT = 100
 _SCANS = 100  # for one page of partitions
@@ -471,14 +473,20 @@ class RedisDriver:
 
     async def _send_once(self, client: Redis, words: tuple[Any, ...]) -> Any:
         pool: Any = client.connection_pool
-        connection = self._idle.pop() if self._idle else await pool.get_connection()
+        connection = None
         try:
-            await pool.ensure_connection(connection)
+            try:
+                connection = self._idle.pop() if self._idle else await pool.get_connection()
+                await pool.ensure_connection(connection)
+            except _FAILURES as error:
+                raise unapplied(_as_ours(error)) from error
             [reply] = await _exchange(connection, [pack_command(words)], self._timeout)
             if isinstance(reply, exceptions.NoScriptError):
                 [reply] = await _exchange(connection, [pack_command(_with_text(words))], self._timeout)
         finally:
-            if self._given is None:
+            if connection is None:
+                pass  # there was none to be had
+            elif self._given is None:
                 self._idle.append(connection)
             else:
                 await pool.release(connection)
@@ -652,12 +660,16 @@ def _text(name: str | bytes | int) -> str:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (exceptions.RedisError, exceptions.RedisClusterException, OSError) as error:
-        # Where no node of a Cluster would do, the last one's reason stands behind it.
-        root = error.__cause__ or error if isinstance(error, exceptions.RedisClusterException) else error
-        if (refused := untrusted(root, "redis", "ssl_ca_certs=")) is not None:
-            raise refused from error
-        message = f"redis: {str(root) or 'no answer in time'}"
-        if isinstance(root, _REFUSALS) or str(root).startswith(_MISTAKES):
-            raise ConfigurationError(message) from error
-        raise UnavailableError(message) from error
+    except _FAILURES as error:
+        raise _as_ours(error) from error
+
+
+def _as_ours(error: Exception) -> PersistenceError:
+    # Where no node of a Cluster would do, the last one's reason stands behind it.
+    root = error.__cause__ or error if isinstance(error, exceptions.RedisClusterException) else error
+    if (refused := untrusted(root, "redis", "ssl_ca_certs=")) is not None:
+        return refused
+    message = f"redis: {str(root) or 'no answer in time'}"
+    if isinstance(root, _REFUSALS) or str(root).startswith(_MISTAKES):
+        return ConfigurationError(message)
+    return UnavailableError(message)

@@ -50,6 +50,7 @@ from persistence.options import (
     check_seconds,
     flag,
     split_url,
+    unapplied,
 )
 
 __all__ = ["SQLiteDriver", "from_url", "sqlite_driver"]
@@ -102,6 +103,9 @@ _KINDS: Final[dict[int, type[PersistenceError]]] = {
     sqlite3.SQLITE_CORRUPT: CorruptRecordError,
     sqlite3.SQLITE_NOTADB: CorruptRecordError,
 }
+
+_LOCKED: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+"""A transaction ends so before its first change."""
 
 _creating = threading.Lock()
 
@@ -457,7 +461,7 @@ class _Connection:
             if code == sqlite3.SQLITE_CANTOPEN and self._db is not None:
                 kind = UnavailableError  # it could be opened once: descriptors have run out
             message = f"{self._path}: {error}"
-            raise kind(message) from error
+            raise (unapplied(kind(message)) if code in _LOCKED else kind(message)) from error
 
 
 def _work(calls: _Calls) -> None:

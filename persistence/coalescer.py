@@ -12,7 +12,8 @@ An unknown outcome is settled here (`_settle`): read a key that the Write puts;
 its version there means applied. Otherwise the same Write, with the same
 version, is sent again, which is safe because its own ``expect`` refuses a
 second application. What cannot be repeated safely, or not settled within
-`RETRY_SECONDS`, ends in `OutcomeUnknownError`.
+`RETRY_SECONDS`, ends in `OutcomeUnknownError`; in `UnavailableError` if the
+driver says that it was not applied, as when it cannot connect.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ _SCANS_AT_ONCE = 8
 _LOOK_AHEAD = 4_000  # queued writes looked at for one commit
 _PROBES = 4  # puts of a Write that are looked up to find out whether it was applied
 _TRANSIENT = (UnavailableError, OSError, TimeoutError)
+_NOT_WRITTEN = "the store does not answer; nothing was written"
 
 
 _forks = 0  # how often this process was forked off another since this module was loaded
@@ -238,6 +240,7 @@ class _Group(msgspec.Struct, eq=False):
     merged: bool = False  # a part of a refused merge
     keys: set[str] | None = None
     write: Write = Write("", (), ABSENT)
+    unapplied: bool = False  # known of every attempt so far
     settled: bool = False
 
     def waiting(self) -> bool:
@@ -638,8 +641,10 @@ class Coalescer:
                 group.fail(error)
             raise
         unknown = []
+        unapplied = _is_unapplied(cause)
         for group, outcome in zip(batch, outcomes, strict=True):
             if outcome is None:
+                group.unapplied = unapplied
                 unknown.append(group)
                 lane.busy.add(group.partition)
             else:
@@ -674,7 +679,7 @@ class Coalescer:
         try:
             while True:
                 try:
-                    await self._probe(groups)
+                    await self._probe([group for group in groups if not group.unapplied])
                     await self._send_again(lane, groups, cause)
                 except _TRANSIENT as error:
                     cause = error
@@ -741,13 +746,19 @@ class Coalescer:
     async def _send_again(self, lane: _Lane, groups: list[_Group], cause: BaseException | None) -> None:
         """Send each open group singly, so that a poison Write fails alone."""
         for group in [group for group in groups if not group.settled]:
-            if not (group.hint or any(op.expect is not None for op in group.write.ops)):
+            unapplied = group.unapplied
+            if unapplied and all(member.reply.done() for member in group.members):
+                group.resolve(ABSENT)  # nobody wants it any more
+                continue
+            if not (unapplied or group.hint or any(op.expect is not None for op in group.write.ops)):
                 group.fail(_unknown(group, cause))
                 continue
+            group.unapplied = False
             try:
                 async with lane.free:
                     (outcome,) = await self._send([group])
-            except _TRANSIENT:
+            except _TRANSIENT as error:
+                group.unapplied = unapplied and _is_unapplied(error)
                 # Let the others go first next time: it may be this one's shard alone.
                 groups.remove(group)
                 groups.append(group)
@@ -759,6 +770,8 @@ class Coalescer:
                 continue
             if outcome or (outcome is False and group.hint):
                 self._decide(lane, group, applied=outcome)
+            elif outcome is False and unapplied:  # this was the first time that it could be
+                self._decide(lane, group, applied=False)
             elif outcome is False:
                 await self._refused(lane, group, cause)
 
@@ -784,17 +797,23 @@ async def _answered(call: Awaitable[T]) -> T:
         raise UnavailableError(message) from error
 
 
+def _is_unapplied(error: BaseException | None) -> bool:
+    return isinstance(error, UnavailableError) and error.unapplied
+
+
 def _unknown(group: _Group, cause: BaseException | None) -> PersistenceError:
+    """Return what the callers of a group are told that was not settled in time."""
     if (
         isinstance(cause, PersistenceError)
         and not isinstance(cause, UnavailableError)
         and cause.partition in (None, group.partition)
     ):
         return cause  # the driver says why it cannot work: that tells the caller more
-    message = "the store does not tell whether this was written"
+    kind = UnavailableError if group.unapplied else OutcomeUnknownError
+    message = _NOT_WRITTEN if group.unapplied else "the store does not tell whether this was written"
     if isinstance(cause, PersistenceError | OSError):
         message = f"{message}: {cause}"
-    error = OutcomeUnknownError(message, partition=group.partition)
+    error = kind(message, partition=group.partition)
     error.__cause__ = cause
     return error
 
@@ -803,8 +822,7 @@ def _fail_those_behind(lane: _Lane, partitions: set[str], before: float) -> None
     """Fail what has waited since `before` for partitions that do not answer: its turn would be no better."""
     for group in lane.queue:
         if group.partition in partitions and group.since <= before:
-            message = "the store does not answer; this was not sent"
-            group.fail(UnavailableError(message, partition=group.partition))
+            group.fail(UnavailableError(_NOT_WRITTEN, partition=group.partition))
 
 
 def _next_batch(lane: _Lane) -> list[_Group]:

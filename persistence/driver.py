@@ -198,7 +198,9 @@ class Driver(Protocol):
         ``expect``, nothing of it changed; None, unknown. A refused Write never
         undoes another. An exception leaves the outcome of all of them unknown;
         the core then reads back and decides, so a driver must not send a Write
-        a second time once it may have been applied. As few round trips as the
+        a second time once it may have been applied. An `UnavailableError`
+        whose `unapplied` is set says that none of them was, as when it could
+        not connect. As few round trips as the
         engine allows, whatever the number of Writes.
         """
         ...

@@ -84,7 +84,13 @@ class CorruptRecordError(PersistenceError):
 
 
 class UnavailableError(PersistenceError):
-    """The store did not answer in time; nothing was changed. The same call may work later."""
+    """The store did not answer in time; nothing was changed. The same call may work later.
+
+    `unapplied` is for drivers: set on what a `commit` raises, it says that none
+    of its Writes can have been applied.
+    """
+
+    unapplied: bool = False
 
 
 class OutcomeUnknownError(PersistenceError):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
-from persistence.errors import ConfigurationError
+from persistence.errors import ConfigurationError, PersistenceError, UnavailableError
 
 __all__ = [
     "Durability",
@@ -25,6 +25,7 @@ __all__ = [
     "missing_client",
     "split_url",
     "take_apart",
+    "unapplied",
     "untrusted",
     "url_or_address",
 ]
@@ -103,6 +104,13 @@ def untrusted(error: BaseException | None, driver: str, option: str) -> Configur
             return ConfigurationError(f"{message}; {option} names a file with the authority to trust")
         error = error.__cause__ or error.__context__
     return None
+
+
+def unapplied(error: PersistenceError) -> PersistenceError:
+    """Return what a `commit` raises, marked: it is certain that none of its Writes was applied."""
+    if isinstance(error, UnavailableError):
+        error.unapplied = True
+    return error
 
 
 def flag(text: str) -> bool:

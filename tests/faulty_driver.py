@@ -24,6 +24,7 @@ from persistence.driver import (
 )
 from persistence.drivers.memory import MemoryDriver
 from persistence.errors import UnavailableError
+from persistence.options import unapplied
 
 
 def is_name(text: str, limit: int) -> bool:
@@ -190,7 +191,10 @@ class FaultyDriver(RecordingDriver):
         if self.random.random() >= self.rate:
             return await super().apply(writes)
         way = self.random.choice(
-            [self._lost_before, self._lost_after, self._half, self._some_unknown, self._delayed, self._hung]
+            [
+                *(self._no_connection, self._lost_before, self._lost_after, self._half),
+                *(self._some_unknown, self._delayed, self._hung),
+            ]
         )
         self.seen[way.__name__] += 1
         return await way(writes)
@@ -202,6 +206,9 @@ class FaultyDriver(RecordingDriver):
 
     def _error(self) -> Exception:
         return self.random.choice([UnavailableError("gone"), ConnectionResetError(), RuntimeError("odd")])
+
+    async def _no_connection(self, writes: Sequence[Write]) -> list[bool | None]:
+        raise unapplied(UnavailableError("nobody there"))
 
     async def _lost_before(self, writes: Sequence[Write]) -> list[bool | None]:
         raise self._error()

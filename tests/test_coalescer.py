@@ -53,6 +53,7 @@ from persistence.driver import (
 )
 from persistence.drivers.memory import MemoryDriver
 from persistence.drivers.sqlite import sqlite_driver
+from persistence.options import unapplied
 
 
 @pytest.fixture(autouse=True)
@@ -441,6 +442,53 @@ async def test_a_write_that_was_sent_and_takes_too_long_is_unknown(
     with pytest.raises(OutcomeUnknownError):
         await p.images.save_image(image(1), timeout=0.01)
     driver.gate.set()
+
+
+class Unreachable(RecordingDriver):
+    """Cannot be written to, and says so, for as many commits as are set."""
+
+    refusals = 0
+
+    async def apply(self, writes: Sequence[Write]) -> list[bool | None]:
+        if self.refusals:
+            self.refusals -= 1
+            raise unapplied(UnavailableError("nobody there"))
+        return await super().apply(writes)
+
+
+async def test_a_write_that_never_reached_the_engine_is_not_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persistence.coalescer.RETRY_SECONDS", 0.1)
+    driver = Unreachable()
+    async with create_persistence(driver) as p:
+        assert await p.sessions.add_message("s", {"n": 1}) == 1
+        driver.refusals = 1_000
+        with pytest.raises(UnavailableError, match="nothing was written: nobody there"):
+            await p.sessions.add_message("s", {"n": 2})
+        driver.refusals = 0
+        assert await p.sessions.add_message("s", {"n": 3}) == 2
+
+
+async def test_any_write_is_repeated_that_never_reached_the_engine() -> None:
+    driver = Unreachable()
+    async with create_persistence(driver) as p:
+        driver.refusals = 2
+        version = await p._store.coalescer.write("p", [Put("k", b"1")])  # which else could not be
+        driver.refusals = 2
+        assert await p._store.coalescer.write("p", [Put("k", b"2", ABSENT)]) == ABSENT
+        (entry,) = await p._store.coalescer.get([Key("p", "k")])
+        assert entry == Entry("k", b"1", version)
+
+
+async def test_a_write_that_nobody_waits_for_any_more_is_not_repeated() -> None:
+    driver = Unreachable()
+    async with create_persistence(driver) as p:
+        driver.refusals = 1
+        writing = asyncio.ensure_future(p._store.coalescer.write("p", [Put("k", b"1", ABSENT)]))
+        await until(lambda: not driver.refusals)
+        writing.cancel()
+        await asyncio.sleep(0.1)
+        assert await p._store.coalescer.get([Key("p", "k")]) == [None]
+        assert await p._store.coalescer.write("p", [Put("k", b"2", ABSENT)])
 
 
 @pytest.mark.parametrize("warm", [False, True])

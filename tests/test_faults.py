@@ -16,7 +16,13 @@ import servers
 from engines import ENGINES, Place
 from proxy import Proxy
 
-from persistence import ImageRecord, Persistence, PersistenceError, create_persistence
+from persistence import (
+    ImageRecord,
+    Persistence,
+    PersistenceError,
+    UnavailableError,
+    create_persistence,
+)
 
 LOCAL = {"memory", "filesystem", "sqlite"}
 REMOTE = [name for name in ENGINES if name not in LOCAL]
@@ -47,6 +53,8 @@ class Load:
             started = time.monotonic()
             try:
                 seq = await self.p.sessions.add_message(session, {"token": token})
+            except UnavailableError:
+                pass  # certainly not
             except PersistenceError:
                 self.unknown.add(token)
             else:
@@ -142,6 +150,31 @@ async def test_connections_cut_in_the_middle_of_requests_and_replies(engine: str
 
         async with create_persistence(await asyncio.to_thread(place, engine, Behind, tmp_path)) as p:
             await under_load(p, cut)
+
+
+@pytest.mark.parametrize("engine", SINGLE)
+async def test_what_cannot_be_sent_to_a_dead_server_is_unavailable_and_not_unknown(
+    engine: str, own_server: OwnServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.coalescer.RETRY_SECONDS", 1.0)
+    server = await asyncio.to_thread(own_server, engine)
+    async with create_persistence(await asyncio.to_thread(place, engine, server, tmp_path)) as p:
+        assert await p.sessions.add_message("s", {"n": 1}) == 1
+        await asyncio.to_thread(server.kill)
+        await asyncio.sleep(1.5)  # the clients look at their connections, some once a second
+        with pytest.raises(UnavailableError, match="nothing was written"):
+            await p.sessions.add_message("s", {"n": 2})
+        await asyncio.to_thread(server.start)
+        assert await until_it_answers(lambda: p.sessions.add_message("s", {"n": 3})) == 2
+
+
+async def until_it_answers(call: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return await call()
+        except UnavailableError:
+            assert time.monotonic() < deadline, "the driver does not work again"
 
 
 @pytest.mark.parametrize("engine", REMOTE)

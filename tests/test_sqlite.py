@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from persistence import create_persistence
 from persistence.driver import ABSENT, Delete, Entry, Key, Put, Write
 from persistence.drivers import sqlite as module
 from persistence.drivers.sqlite import SQLiteDriver, from_url, sqlite_driver
@@ -693,3 +694,17 @@ async def test_whoever_opens_it_many_times_at_once_has_three_connections(
     await asyncio.gather(*(driver.open() for _ in range(8)))
     await driver.close()
     assert len(made) == 3
+
+
+async def test_a_file_that_another_process_holds_is_unavailable_and_not_unknown(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.coalescer.RETRY_SECONDS", 0.2)
+    async with create_persistence(sqlite_driver(path, busy_timeout=0.01)) as p:
+        assert await p.sessions.add_message("s", {"n": 1}) == 1
+        with plain(path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(UnavailableError, match="nothing was written"):
+                await p.sessions.add_message("s", {"n": 2})
+            other.execute("ROLLBACK")
+        assert await p.sessions.add_message("s", {"n": 3}) == 2
