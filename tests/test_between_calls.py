@@ -11,6 +11,7 @@ import pytest
 
 from persistence import (
     ConflictError,
+    ImageRecord,
     InvalidValueError,
     NotFoundError,
     OutcomeUnknownError,
@@ -104,6 +105,53 @@ async def test_refused_long_values_leave_room_for_their_chunks() -> None:
         await asyncio.gather(*(a.sessions.add_messages(f"s{number}", batch) for number in range(24)))
 
 
+async def test_a_long_record_that_is_replaced_while_it_is_read_is_read_anew() -> None:
+    between, p, q = await two()
+    image = {"image_id": "i", "container_id": "c", "session_id": "s", "name": "n"}
+    await q.images.save_image(image | {"description": "x" * 2_000_000})
+    between.when = lambda name, first: name == "get" and first[0].key.startswith("chunk/")
+    between.do = lambda: q.images.save_image(image | {"description": "y" * 2_000_000})
+    found = await p.images.find_image_by_id("i")
+    assert between.do is None
+    assert found is not None
+    assert found.description == "y" * 2_000_000
+
+
+async def test_a_long_record_that_is_refused_leaves_nothing() -> None:
+    between, p, _ = await two()
+    image = {"image_id": "i", "container_id": "c", "session_id": "s", "name": "n"}
+    with pytest.raises(ConflictError):
+        await p.images.save_image(image | {"description": "x" * 2_000_000}, expected_version=7)
+    assert (await between.memory.scan("image/i", "", None, limit=9)).entries == []
+
+
+async def test_messages_that_are_too_much_for_one_write_leave_in_several() -> None:
+    _, p, _ = await two()
+    calls = (p.sessions.add_message("s", {"text": "x" * 900_000}) for _ in range(12))
+    assert sorted(await asyncio.gather(*calls)) == list(range(1, 13))
+
+
+async def test_a_page_that_ends_behind_a_stale_entry_is_not_the_last() -> None:
+    _, p, _ = await two()
+    image = {"container_id": "c", "session_id": "s", "name": "n"}
+    for n in range(4):
+        await p.images.save_image(image | {"image_id": f"i{n}", "created_at": n})
+    ghost = ImageRecord.from_mapping(image | {"image_id": "ghost", "created_at": 9})
+    await p.images.records.put_hints("ghost", p.images.records.kind.hints(ghost))
+    page = await p.images.find_all_images(limit=2)
+    rest = await p.images.find_all_images(limit=2, cursor=page.cursor)
+    assert [found.image_id for found in (*page, *rest)] == ["i3", "i2", "i1", "i0"]
+
+
+async def test_a_thread_that_is_to_expire_from_a_later_put_on_goes() -> None:
+    async with create_persistence(MemoryDriver(), clock=lambda: now) as p:
+        now = 1_700_000_000_000
+        await p.checkpoints.put("t", {"n": 1})
+        await p.checkpoints.put("t", {"n": 2}, expires_at=now + 1_000)
+        now += 2_000
+        assert await p.checkpoints.delete_expired() == 2
+
+
 async def test_a_fork_of_a_session_that_is_cleared_meanwhile_is_no_half_one() -> None:
     between, a, b = await two()
     await b.sessions.save_session(SESSION)
@@ -172,6 +220,84 @@ async def test_a_cascade_leaves_what_was_moved_out_of_its_reach() -> None:
     assert (await a.containers.delete_container("old")).sessions == 2
     assert await b.images.image_exists("i0")
     assert await b.sessions.get_messages("s0") == [{"n": 0}]
+
+
+async def test_a_cascade_of_an_image_leaves_what_was_moved_to_another_one() -> None:
+    between, p, q = await two()
+    for id in ("s", "t"):
+        await p.sessions.save_session(SESSION | {"session_id": id})
+        await p.sessions.add_message(id, {"n": 1})
+    await p.images.save_image({"image_id": "i", "container_id": "c", "session_id": "s", "name": "n"})
+    left: list[str] = []
+
+    async def move() -> None:
+        page = await q.sessions.find_sessions_by_image_id("i")
+        left.extend(record.session_id for record in page)
+        for id in left:
+            await q.sessions.save_session(SESSION | {"session_id": id, "image_id": "j"})
+
+    between.when = lambda name, first: (
+        name == "purge"
+        or (name == "commit" and first[0].partition.startswith("session/") and len(first[0].ops) == 2)
+    )
+    between.after, between.do = True, move
+    assert (await p.images.delete_image("i")).sessions == 1
+    assert len(left) == 1
+    assert await p.sessions.get_messages(left[0]) == [{"n": 1}]
+    assert [r.session_id for r in await p.sessions.find_sessions_by_image_id("j")] == left
+
+
+async def test_who_saves_over_an_expired_session_deletes_none_that_began_meanwhile() -> None:
+    between, p, q = await two()
+    await p.sessions.save_session(SESSION | {"expires_at": 1})
+    looks: list[str] = []
+
+    def when(name: str, first: Any) -> bool:
+        looks.extend("session" for key in first if name == "get" and key.partition == "session/s")
+        return len(looks) == 2  # it has seen that the session is over, and is about to delete it
+
+    async def begin() -> None:
+        await q.sessions.save_session(SESSION)
+        await q.sessions.add_message("s", {"n": 1})
+
+    between.when, between.do = when, begin
+    await p.sessions.save_session(SESSION)
+    assert between.do is None
+    assert await p.sessions.get_messages("s") == [{"n": 1}]
+
+
+async def test_a_key_that_is_used_while_a_life_before_is_forgotten_is_remembered() -> None:
+    now, between = 1_700_000_000_000, Between(MemoryDriver())
+    p = await create_persistence(between, clock=lambda: now)
+    q = await create_persistence(between.memory)
+    await p.sessions.save_session(SESSION)
+    await p.sessions.add_message("s", {"n": 1})
+    await p.sessions.delete_session("s")
+    now += 8 * 86_400_000
+
+    async def begin() -> None:
+        await q.sessions.save_session(SESSION)
+        await q.sessions.add_message("s", {"n": 2}, idempotency_key="k")
+
+    between.when = lambda name, first: name == "purge" and first == "session/s"
+    between.do = begin
+    await p.repair()
+    assert between.do is None
+    await p.sessions.add_message("s", {"n": 2}, idempotency_key="k")
+    assert await p.sessions.get_messages("s") == [{"n": 2}]
+
+
+async def test_who_is_saved_again_during_a_cascade_stays() -> None:
+    between, p, q = await two()
+    image = {"image_id": "i", "container_id": "c", "session_id": "s", "name": "n"}
+    await p.images.save_image(image)
+    await p.sessions.save_session(SESSION)
+    between.when = lambda name, first: name == "commit" and first[0].partition == "session/s"
+    between.do = lambda: q.images.save_image(image | {"name": "again"})
+    await p.images.delete_image("i")
+    found = await p.images.find_image_by_id("i")
+    assert found is not None
+    assert found.name == "again"
 
 
 async def test_a_slow_delete_takes_away_no_newer_default() -> None:

@@ -21,7 +21,7 @@ from persistence import (
     SessionRecord,
     create_persistence,
 )
-from persistence.driver import Page, Put, Write
+from persistence.driver import Key, Page, Put, Write
 from persistence.drivers.memory import MemoryDriver
 from persistence.testing import MakeDriver
 
@@ -118,6 +118,127 @@ async def test_a_small_thread_that_was_there_is_no_target_of_a_copy(how: str) ->
             await c.delete("u", meta.id if how == "emptied" else None)
         with pytest.raises(ConflictError):
             await c.copy_thread("t", "u")
+
+
+async def test_a_thread_that_lacks_a_piece_is_not_copied() -> None:
+    driver = MemoryDriver()
+    async with create_persistence(driver) as p:
+        await p.checkpoints.put("t", state(200))
+        piece = next(key for key in await keys(p, "thread/t") if key.startswith("piece/"))
+        await driver.purge("thread/t", piece, piece + "!")
+        with pytest.raises(CorruptRecordError, match="missing"):
+            await p.checkpoints.copy_thread("t", "u")
+        assert await p.checkpoints.list("u") == []
+
+
+async def test_who_goes_on_while_what_went_before_is_cleared_away_is_not_overwritten() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        await p.checkpoints.put("t", state(200, "old"), expires_at=1)
+        driver.hooks["purge thread/t"] = lambda: q.checkpoints.put("t", state(200, "q"))
+        await p.checkpoints.put("t", state(200, "p"))
+        assert driver.hooks == {}
+        assert await p.checkpoints.get("t") == state(200, "q")
+        assert len(await p.checkpoints.list("t")) == 2
+
+
+async def test_what_was_before_a_thread_began_anew_is_not_read_while_it_is_cleared_away() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        old = await p.checkpoints.put("t", state(200, "old"), expires_at=1)
+        seen: list[Any] = []
+
+        async def read() -> None:
+            seen.append(await q.checkpoints.get("t", old.id))
+
+        driver.hooks["purge thread/t"] = read
+        await p.checkpoints.put("t", state(200, "p"))
+        assert seen == [None]
+
+
+async def test_who_remembers_a_forgotten_thread_mixes_nothing_of_it_into_another() -> None:
+    driver, now = MemoryDriver(), 1_700_000_000_000
+    async with create_persistence(driver, clock=lambda: now) as p, create_persistence(driver) as q:
+        await p.checkpoints.put("t", state(200, "old"))
+        assert await q.checkpoints.get("t") == state(200, "old")
+        await p.checkpoints.delete("t")
+        now += 8 * 86_400_000
+        assert (await p.repair()).tombstones_removed == 1
+        first = await p.checkpoints.put("t", state(200, "new"))
+        await p.checkpoints.put("t", state(300, "newer"))
+        assert await q.checkpoints.get("t", first.id) == state(200, "new")
+
+
+async def test_who_remembers_pieces_that_another_has_removed_puts_them_anew() -> None:
+    driver = MemoryDriver()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        await p.checkpoints.put("t", state(200, "a"))
+        await q.checkpoints.put("t", state(200, "b"))
+        await q.checkpoints.prune("t", keep_last=1)
+        await p.checkpoints.put("t", state(200, "a"))
+        assert await q.checkpoints.get("t") == state(200, "a")
+
+
+async def test_a_put_while_labels_are_set_stays_the_latest() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        meta = await p.checkpoints.put("t", {"n": 1})
+        driver.hooks["commit thread/t checkpoint"] = lambda: q.checkpoints.put("t", {"n": 2})
+        await p.checkpoints.set_labels("t", meta.id, ["good"])
+        assert await p.checkpoints.get("t") == {"n": 2}
+        assert [list(one.labels) for one in await p.checkpoints.list("t")] == [[], ["good"]]
+
+
+async def test_what_an_unreadable_checkpoint_may_need_is_kept_for_it() -> None:
+    driver = MemoryDriver()
+    async with create_persistence(driver) as p:
+        first = await p.checkpoints.put("t", state(200))
+        second = await p.checkpoints.put("t", state(200) | {"second": True})
+        await p.checkpoints.put("t", {"small": True})
+        key = Key("thread/t", f"checkpoint/{second.id}")
+        [entry] = await driver.get([key])
+        assert entry is not None
+        newer = entry.value.replace(b'"f":1', b'"f":2', 1)
+        for value in (newer, entry.value):
+            await driver.commit([Write(key.partition, (Put(key.key, value),), entry.version + 1)])
+            if value is newer:
+                await p.checkpoints.delete("t", first.id)
+                assert (await p.repair()).pieces_removed == 0
+        async with create_persistence(driver) as q:
+            assert await q.checkpoints.get("t", second.id) == state(200) | {"second": True}
+
+
+async def test_repair_beside_a_put_that_begins_a_thread_leaves_it_listed() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        driver.hooks["commit thread/t checkpoint"] = q.repair
+        await p.checkpoints.put("t", {"a": 1})
+        assert driver.hooks == {}
+        assert [thread.thread_id for thread in await p.checkpoints.list_threads()] == ["t"]
+
+
+async def test_a_thread_that_begins_anew_while_repair_forgets_it_stays() -> None:
+    driver, now = Hooked(), 1_700_000_000_000
+    async with create_persistence(driver, clock=lambda: now) as p, create_persistence(driver) as q:
+        await p.checkpoints.put("t", state(3))
+        await p.checkpoints.delete("t")
+        now += 8 * 86_400_000
+        driver.hooks["commit thread/t head"] = lambda: q.checkpoints.put("t", {"anew": True})
+        await p.repair()
+        assert driver.hooks == {}
+        assert await p.checkpoints.get("t") == {"anew": True}
+
+
+async def test_a_thread_that_was_renewed_within_the_hour_goes_at_its_new_time() -> None:
+    hour = 3_600_000
+    now = start = 400_000 * hour
+    async with create_persistence(MemoryDriver(), clock=lambda: now) as p:
+        await p.checkpoints.put("t", {"n": 1}, expires_at=start + 2 * hour + 1)
+        await p.checkpoints.put("t", {"n": 2}, expires_at=start + 3 * hour - 1)
+        now = start + 2 * hour + 2
+        assert await p.checkpoints.delete_expired() == 0  # which takes the first deadline with it
+        now = start + 3 * hour
+        assert await p.checkpoints.delete_expired() == 2
 
 
 async def test_repair_beside_a_copy_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,6 +246,17 @@ async def test_writes_to_one_key_happen_in_the_order_they_were_asked_for(core: C
         assert (entry.value if entry else None) == (last[0].value if isinstance(last[0], Put) else None)
 
 
+async def test_nothing_overtakes_what_could_not_leave_along(core: Coalescer, driver: RecordingDriver) -> None:
+    driver.gate.clear()
+    ops = [Put("lead", b""), Put("a", b"", ABSENT), Put("b", b"1"), Put("b", b"2", ABSENT)]
+    tasks = []
+    for op in ops:
+        tasks.append(asyncio.ensure_future(core.write("p", [op])))
+        await beats()
+    driver.gate.set()
+    assert [bool(version) for version in await asyncio.gather(*tasks)] == [True, True, True, False]
+
+
 async def test_sixty_four_saves_take_a_few_calls_a_phase(p: Persistence, driver: RecordingDriver) -> None:
     driver.forget()
     await asyncio.gather(*(p.images.save_image(image(n)) for n in range(64)))
@@ -350,6 +361,23 @@ async def test_callers_that_give_up_do_not_fill_the_memory(driver: RecordingDriv
         assert core.room._free == 10 << 20
 
 
+async def test_a_refused_append_whose_caller_gave_up_gives_its_room_back(driver: RecordingDriver) -> None:
+    other = RecordingDriver(driver.memory)
+    async with create_persistence(driver) as p, create_persistence(other) as q:
+        await p.sessions.add_message("s", {})
+        await q.sessions.add_message("s", {})
+        room = p._store.coalescer.room
+        free = room._free
+        driver.gate.clear()
+        call = asyncio.ensure_future(p.sessions.add_message("s", {}))
+        await beats()
+        call.cancel()
+        await beats()
+        driver.gate.set()
+        assert await p.sessions.add_message("s", {}) == 3
+        assert room._free == free
+
+
 async def test_room_given_back_at_once_is_room_for_all_that_fit() -> None:
     room = Room(100)
     await room.take(150)
@@ -363,6 +391,60 @@ async def test_room_given_back_at_once_is_room_for_all_that_fit() -> None:
     room.give(10)
     await beats(50)
     assert all(task.done() for task in tasks)
+
+
+async def test_who_gives_up_as_his_turn_comes_leaves_it_to_the_next() -> None:
+    room = Room(10)
+    await room.take(10)
+    first, second = (asyncio.ensure_future(room.take(1)) for _ in range(2))
+    await beats()
+    room.give(10)
+    first.cancel()  # woken, and not awake yet
+    await beats()
+    assert (first.cancelled(), second.done()) == (True, True)
+
+
+@pytest.mark.parametrize("poison", [False, True])
+async def test_a_write_whose_caller_gave_up_holds_its_room_until_its_outcome(poison: bool) -> None:
+    driver = FaultyDriver()
+    core = Coalescer(driver)
+    core.room = Room(10)
+    await core.open()
+    driver.poison = {"p"} if poison else set()
+    driver.gate.clear()
+    call = asyncio.ensure_future(core.write("p", [Put("k", bytes(19), ABSENT)]))
+    await beats()
+    call.cancel()
+    await beats()
+    assert (call.cancelled(), core.room._free) == (True, -10)  # it is under way, and in memory
+    driver.gate.set()
+    await core.close()
+    assert core.room._free == 10
+
+
+async def test_a_part_of_a_refused_merge_that_nobody_waits_for_gives_its_room_back(
+    core: Coalescer, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, free = driver.apply, core.room._free
+
+    async def give_up(writes: Sequence[Write]) -> list[bool | None]:
+        if len(driver.commits) == 2:  # the merge, which will be refused for the sake of its last
+            merged[0].cancel()
+            await beats()
+        return await apply(writes)
+
+    monkeypatch.setattr(driver, "apply", give_up)
+    driver.gate.clear()
+    first = asyncio.ensure_future(core.write("p", [Put("a", b"")]))
+    await beats()
+    puts = [Put("b", b"", ABSENT), Put("c", b"", ABSENT), Put("d", b"", 1)]
+    merged = [asyncio.ensure_future(core.write("p", [put])) for put in puts]
+    await beats()
+    driver.gate.set()
+    assert await first
+    assert [bool(version) for version in await asyncio.gather(*merged[1:])] == [True, False]
+    assert core.room._free == free
+    assert await core.get([Key("p", "b")]) == [None]
 
 
 # ---- cancellation and timeouts
@@ -760,6 +842,72 @@ async def test_a_stalled_partition_does_not_stop_its_lane() -> None:
     assert driver.broken == []
 
 
+async def test_what_waits_for_a_write_that_is_settled_goes_on_by_itself(
+    core: Coalescer, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, lost = driver.apply, [True]
+
+    async def lose(writes: Sequence[Write]) -> list[bool | None]:
+        if lost:
+            lost.clear()
+            raise ConnectionResetError
+        return await apply(writes)
+
+    monkeypatch.setattr(driver, "apply", lose)
+    async with asyncio.timeout(5):
+        writes = (core.write("p", [Put("a", b"", ABSENT)]), core.write("p", [Put("b", b"")]))
+        assert all(await asyncio.gather(*writes))
+
+
+async def test_who_gives_up_a_repeated_call_does_not_fail_those_behind(driver: RecordingDriver) -> None:
+    other = RecordingDriver(driver.memory)
+    async with create_persistence(driver) as p, create_persistence(other) as q:
+        await q.sessions.add_message("s", {}, idempotency_key="k")
+        driver.gate.clear()
+        repeated = asyncio.ensure_future(p.sessions.add_message("s", {}, idempotency_key="k"))
+        behind = asyncio.ensure_future(p.sessions.add_message("s", {}))
+        await beats()
+        repeated.cancel()
+        await beats()
+        driver.gate.set()
+        assert await behind == 2
+
+
+async def test_who_comes_late_to_a_stalled_partition_has_his_own_time() -> None:
+    driver = FaultyDriver()
+    core = await opened(driver)
+    late: list[asyncio.Future[int]] = []
+    over = core.loop.time() + 0.3
+
+    async def apply(writes: Sequence[Write]) -> list[bool | None]:
+        if late:
+            return await driver.memory.commit(writes)
+        if core.loop.time() > over:  # the first is tried for the last time
+            late.append(asyncio.ensure_future(core.write("stalled", [Put("late", b"", ABSENT)])))
+            await beats()
+        raise UnavailableError("its shard is gone")
+
+    driver.apply = apply  # type: ignore[method-assign]
+    with pytest.raises(OutcomeUnknownError):
+        await core.write("stalled", [Put("k", b"", ABSENT)])
+    assert await late[0]
+    await core.close()
+
+
+async def test_entries_of_listings_are_no_part_of_a_change(
+    p: Persistence, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def get(keys: Sequence[Key]) -> list[Entry | None]:
+        raise UnavailableError("down")
+
+    await p.sessions.save_session(SessionRecord(session_id="s", image_id="i", container_id="c"))
+    driver.forget()
+    monkeypatch.setattr(driver, "get", get)
+    with pytest.raises(UnavailableError, match=r"down$"):
+        await p.sessions.set_expiry("s", 1)
+    assert "commit" in driver.calls  # the entry of its deadline, which tells nobody anything
+
+
 @pytest.mark.parametrize("answer", [[], [True] * 9, None, 7], ids=repr)
 async def test_a_driver_that_answers_nonsense_hangs_nobody(answer: Any) -> None:
     class Nonsense(MemoryDriver):
@@ -1144,6 +1292,25 @@ async def test_a_driver_that_was_opened_before_a_fork_says_so_in_the_child(
             child.setattr("persistence.coalescer._forks", 1)
             with pytest.raises(ConfigurationError, match="new driver in the child"):
                 await create_persistence(driver)
+
+
+def test_a_driver_that_could_not_be_opened_may_move_to_another_event_loop() -> None:
+    class DownAtFirst(RecordingDriver):
+        down = True
+
+        async def open(self) -> None:
+            if self.down:
+                self.down = False
+                raise UnavailableError("down")
+            await super().open()
+
+        async def close(self) -> None:
+            pass
+
+    driver = DownAtFirst()
+    with pytest.raises(UnavailableError, match="down"):
+        asyncio.run(_open_and_count(driver))
+    assert asyncio.run(_open_and_count(driver)) == 0
 
 
 @pytest.mark.parametrize(("beyond", "more"), [(1, False), (-1, True)])

@@ -545,7 +545,8 @@ async def test_several_processes_at_once_keep_what_was_acknowledged(
     memory: MemoryDriver, monkeypatch: pytest.MonkeyPatch, seed: int, rate: float
 ) -> None:
     """Nobody removes anything in `quiet`; in `noisy` all do everything. With a `rate` the store fails."""
-    monkeypatch.setattr("persistence.coalescer.RETRY_SECONDS", 0.5)
+    if rate:
+        monkeypatch.setattr("persistence.coalescer.RETRY_SECONDS", 0.5)
     rng = random.Random(seed)
     drivers = [FaultyDriver(memory, seed=9 * seed + n, rate=rate, lanes=1 + n) for n in range(3)]
     opened = [await create_persistence(driver) for driver in drivers]

@@ -228,3 +228,10 @@ def test_all_numbers_of_a_skeleton_are_found() -> None:
     skeleton = ["d", {"k": "a", "n": ["l", [3, 9], {"i": [1]}, 12]}, 1, {"k": "b", "n": ["x", 10, 11]}]
     assert spans_of(skeleton) == [(1, 1), (3, 12)]
     assert spans_of(["v", [1, 2]]) == []
+
+
+def test_what_is_remembered_of_an_item_does_not_cost_it_its_types() -> None:
+    state = {"items": [{"n": n, "t": (n, b"bytes"), "text": "x" * 100} for n in range(400)]}
+    first = cut(state)
+    again = cut(state, first.memo)
+    assert again.texts == first.texts

@@ -700,3 +700,15 @@ async def test_what_begins_anew_takes_the_long_parts_of_the_life_before_along() 
             clock.now += 2_000
         assert await p.streams.delete_expired() == 1
         assert not [key for key in await keys(p) if key.startswith("chunk/")]
+
+
+async def test_a_stream_that_went_on_after_its_deadline_was_noted_goes_at_a_later_one() -> None:
+    now, hour = 1_700_000_000_000, 3_600_000
+    async with create_persistence(MemoryDriver(), clock=lambda: now) as p:
+        await p.streams.append("s", 0, {}, ttl_seconds=7_200)
+        now += hour + hour // 2
+        await p.streams.append("s", 1, {})
+        now += hour
+        assert await p.streams.delete_expired() == 0  # which takes the first deadline with it
+        now += hour
+        assert await p.streams.delete_expired() == 1

@@ -14,6 +14,7 @@ from faulty_driver import RecordingDriver
 from persistence import (
     CorruptRecordError,
     ImageRecord,
+    NotFoundError,
     OutcomeUnknownError,
     SessionRecord,
     UnavailableError,
@@ -49,6 +50,17 @@ async def test_a_key_of_a_forgotten_life_is_forgotten(behind: int) -> None:
     assert await p.sessions.get_messages("s") == [{"n": 2}]
     await p.close()
     await q.close()
+
+
+async def test_a_message_of_a_deleted_session_is_not_called_repeated() -> None:
+    p = await create_persistence(MemoryDriver())
+    await p.sessions.save_session(session())
+    await p.sessions.add_message("s", {}, idempotency_key="job")
+    await p.sessions.delete_session("s")
+    for key in ("job", None):
+        with pytest.raises(NotFoundError):
+            await p.sessions.add_message("s", {}, idempotency_key=key)
+    await p.close()
 
 
 class HeldGets(RecordingDriver):
@@ -147,6 +159,9 @@ async def test_a_long_value_that_is_written_again_has_its_chunks() -> None:
         driver.key, driver.then = "message/000000000001", lambda: q.sessions.clear_messages("s")
         await p.sessions.add_message("s", long)
         assert await q.sessions.get_messages("s") == [long]
+        driver.key, driver.then = "head", lambda: q.streams.delete("x")
+        await p.streams.append("x", 0, long)
+        assert await q.streams.get_parts("x") == [long]
         later = await q.repair()
         assert (later.corrupt, later.chunks_removed) == ([], 0)
 
