@@ -34,8 +34,10 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
-from itertools import count, groupby, product
+from itertools import count, groupby, pairwise, product
+from multiprocessing.synchronize import Event
 from operator import attrgetter
 from threading import Barrier, BrokenBarrierError
 from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
@@ -110,6 +112,9 @@ class DriverConformance:
             await _together(*(driver.open() for driver in drivers * 2))
             await drivers[0].open()
             stored = await _put(drivers[0], "p", {"k": b"kept"})
+            await drivers[0].close()
+            for driver in drivers[1:] if drivers[1] is not drivers[0] else ():
+                _same(await driver.get([Key("p", "k")]), stored, "get after another driver object was closed")
             for driver in drivers * 2:
                 await driver.close()
             reopened = make_driver()
@@ -165,6 +170,8 @@ class DriverConformance:
                             left[op.key] = Entry(op.key, op.value, write.version)
                         elif isinstance(op, Delete):
                             left.pop(op.key, None)
+                    if all(op.expect is None for op in write.ops):
+                        _same(await driver.commit([write]), [True], f"the same Write again: {what}")
                     wanted = [left[key] for key in sorted(left)]
                     _same(await _everything(driver, name), wanted, f"what is left after {what}")
             _same(await driver.commit([]), [], "commit of nothing")
@@ -214,6 +221,7 @@ class DriverConformance:
                 return {name: entry.version for name, entry in zip(names, found, strict=True) if entry}
 
             old = await versions()
+            _same(sorted(old), sorted(names), "what the creates left")
             await driver.commit([Write(name, (Put("a", b"2"),), next(_versions)) for name in names[::5]])
             await compete("replacements", 5, lambda name: (Put("a", b"3", old[name]),))
             old = await versions()
@@ -223,6 +231,16 @@ class DriverConformance:
             await driver.commit([Write(name, (Put("a", b"5"),), next(_versions)) for name in names[::4]])
             await compete("deletes", 4, lambda name: (Delete("a", old[name]),))
             _same(sorted(await versions()), sorted(names[::4]), "what the deletes left")
+
+            most = [
+                Write(f"most/{n}", (Put("a", b"%04d" % n * 1000, ABSENT),), next(_versions))
+                for n in range(MAX_WRITE_OPS)
+            ]
+            _same(await driver.commit(most), [True] * len(most), "1,000 Writes")
+            for n in range(0, len(most), 250):
+                part = [Key(write.partition, "a") for write in most[n : n + 250]]
+                stored = [Entry("a", b"%04d" % m * 1000, most[m].version) for m in range(n, n + 250)]
+                _same(await driver.get(part), stored, "what 1,000 Writes left")
 
             keys = [f"{n:04}" for n in range(MAX_WRITE_OPS)]
             random.Random(self.seed).shuffle(keys)
@@ -275,6 +293,10 @@ class DriverConformance:
                 # No key lies between a key and the same key with the least sign behind it.
                 page = await driver.scan("keys", entry.key, entry.key + "!", limit=2)
                 _same(page, Page([entry], False), f"scan of the key {entry.key} alone")
+            for entry, after in pairwise(stored):
+                if len(entry.key) == MAX_KEY_CHARS:
+                    page = await driver.scan("keys", entry.key + "!", after.key + "!", limit=2)
+                    _same(page, Page([after], False), "scan from behind the longest key")
 
             longest = "p" * (MAX_PARTITION_CHARS - 1)
             names = sorted({*_NAMES, longest, longest + "!", longest + "P", longest + "p", longest + "~"})
@@ -284,6 +306,19 @@ class DriverConformance:
                 wanted = [Entry("k", write.partition.encode(), write.version)]
                 _same(await _everything(driver, write.partition), wanted, f"partition {write.partition}")
             _same(await _partitions(driver, 50), {*names, "keys"}, "partitions with odd names")
+
+            both = await _put(driver, longest + "~", {"k" * MAX_KEY_CHARS: b"", "~" * MAX_KEY_CHARS: b""})
+            found = await driver.get([Key(longest + "~", entry.key) for entry in both])
+            _same(found, both, "the longest key in the longest partition")
+            deletes = [Delete(key) for key in keys[::2]]
+            _same(await driver.commit([Write("keys", (*deletes,), next(_versions))]), [True], "odd deletes")
+            _same(await _everything(driver, "keys"), stored[1::2], "what deletes of odd keys left")
+            gone = [Write(name, (Delete("k"),), next(_versions)) for name in names[::4]]
+            _same(await driver.commit(gone), [True] * len(gone), "deletes in odd partitions")
+            for name in names[2::4]:
+                await driver.purge(name, "", None)
+            left = {*names[1::2], longest + "~", "keys"}
+            _same(await _partitions(driver, 50), left, "partitions after deletes and purges of odd ones")
 
         self._with_driver(make_driver, scenario)
 
@@ -330,6 +365,11 @@ class DriverConformance:
                 _same(one, Page(wanted[:1], True), "a page of one entry")
                 rest = await driver.scan("p", "30", None, limit=2, reverse=reverse)
                 _same(rest, Page(wanted[:2] if reverse else wanted[-2:], False), "a page that just fits")
+            for n in (3, 4):
+                few = await _everything(driver, "p", "", stored[n].key)
+                _same(few, stored[:n], f"{n} large entries")
+            names = [Key("p", entry.key) for entry in stored]
+            _same(await driver.get(names), stored, "get of many large values")
 
         self._with_driver(make_driver, scenario)
 
@@ -382,6 +422,26 @@ class DriverConformance:
                     names.remove(name)
                 _same(await _partitions(driver, 5), names, f"partitions after {how}")
 
+            absent = next(_versions)
+            histories: dict[str, tuple[bool, list[tuple[Op, ...]]]] = {
+                "overwritten, then emptied": (False, [(Put("a", b"1"),), (Put("a", b"2"),), (Delete("a"),)]),
+                "a missing key deleted": (True, [(Put("a", b""),), (Delete("x"), Delete("y"))]),
+                "one of two deleted": (True, [(Put("a", b""), Put("b", b"")), (Delete("a"),)]),
+                "emptied, then filled": (True, [(Put("a", b""),), (Delete("a"),), (Put("a", b""),)]),
+                "only deletes": (False, [(Delete("a"), Delete("b"))]),
+                "only a refused Write": (False, [(Put("a", b""), Put("b", b"", absent))]),
+            }
+            for number, (what, (listed, writes)) in enumerate(histories.items()):
+                for ops in writes:
+                    await driver.commit([Write(f"history/{number}", ops, next(_versions))])
+                now = await _partitions(driver, 100)
+                _same(f"history/{number}" in now, listed, f"whether a partition is listed after: {what}")
+                names.update([f"history/{number}"] if listed else [])
+            await _put(driver, "!", {f"{n:03}": b"" for n in range(1000)})
+            names.add("!")
+            await driver.purge("history/1", "b", None)
+            _same(await _partitions(driver, 5), names, "partitions, one of them large, one purged in part")
+
             for n in range(12):
                 await _put(driver, f"0/{n}", {"a": b""})
             seen: set[str] = set()
@@ -392,7 +452,9 @@ class DriverConformance:
                 if cursor is None:
                     break
                 await _put(driver, f"b/{n}", {"a": b""})
-                await driver.purge(f"0/{n}", "", None)
+                for name in (f"0/{n}", *(name for name in found if name.startswith("0/"))):
+                    await driver.purge(name, "", None)
+                await driver.partitions(None, 3)  # another listing begins meanwhile
             _expect(cursor is None, "the cursor of partitions never ends")
             _expect(names <= seen, f"missed while others came and went: {names - seen}")
 
@@ -402,15 +464,16 @@ class DriverConformance:
         async def scenario(*drivers: Driver) -> None:
             version = ABSENT
             for n in range(self.rounds):
-                writer, reader, rival = (drivers[(n + shift) % len(drivers)] for shift in range(3))
+                writer, reader, rival = (drivers[(n + shift) % 3] for shift in range(3))
                 write = Write(
                     "p", (Put("a", b"%d" % n, version), Put(f"b{n:03}", b"", ABSENT)), next(_versions)
                 )
                 _same(await writer.commit([write]), [True], f"Write {n}")
                 entry = Entry("a", b"%d" % n, write.version)
-                _same(await reader.get([Key("p", "a")]), [entry], f"get after Write {n}")
-                page = await reader.scan("p", "", None, limit=n + 2)
-                _same(len(page.entries), n + 2, f"scan after Write {n}")
+                for driver in (reader, drivers[-1]):  # the last one never writes
+                    _same(await driver.get([Key("p", "a")]), [entry], f"get after Write {n}")
+                    page = await driver.scan("p", "", None, limit=n + 2)
+                    _same(len(page.entries), n + 2, f"scan after Write {n}")
                 late = Write("p", (Put("a", b"lost", version),), next(_versions))
                 _same(await rival.commit([late]), [False], "a Write that comes late")
                 version = write.version
@@ -420,7 +483,7 @@ class DriverConformance:
                 await rival.purge(name, "", None)
                 _same(await reader.scan(name, "", None, limit=1), Page([], False), "scan after purge")
 
-        self._with_driver(make_driver, scenario, objects=3)
+        self._with_driver(make_driver, scenario, objects=4)
 
     def test_a_write_is_seen_whole_or_not_at_all(self, make_driver: MakeDriver) -> None:
         """Writers set or remove all keys of a partition at once; a reader must never see a mixture."""
@@ -435,6 +498,9 @@ class DriverConformance:
                 ops = ops[::-1] if number % 2 else ops
                 _same(await driver.commit([Write("p", tuple(ops), version)]), [True], "unconditional Write")
                 await asyncio.sleep(0)
+                refused = Check(keys[-1], next(_versions))
+                lost = Write("p", (*[Put(key, b"lost") for key in keys[:6]], refused), next(_versions))
+                _same(await driver.commit([lost]), [False], "refused Write")
 
         async def look(driver: Driver, writers: asyncio.Task[Any]) -> None:
             how = 0
@@ -507,12 +573,14 @@ class DriverConformance:
                     for name, value in values.items()
                 ]
                 await asyncio.sleep(0)
+                if following[names[0]] % 5 == 4:  # what lies behind the log is removed while others append
+                    await driver.purge(names[0], "x", None)
                 for write, outcome in zip(writes, await driver.commit(writes), strict=True):
                     name, (op, *_) = write.partition, write.ops
                     if outcome:
                         done[Key(name, op.key)] = values[name]
                     elif outcome is False:
-                        page = await driver.scan(name, "", None, limit=1, reverse=True)
+                        page = await driver.scan(name, "", "x", limit=1, reverse=True)
                         last = page.entries[0].key if page.entries else ""
                         _expect(last >= op.key, f"{op.key} in {name} was refused, but {last!r} is the last")
                     following[name] = int(op.key) + 1
@@ -563,12 +631,71 @@ class SharedDriverConformance(DriverConformance):
                 )
                 for n in range(self.processes)
             ]
+            # One that fails breaks the gate for the others: what it says comes first.
+            errors = [error for child in children if (error := child.exception()) is not None]
+            for error in sorted(errors, key=lambda error: isinstance(error, BrokenBarrierError)):
+                raise error
             history = [action for child in children for action in child.result()]
 
         async def scenario(driver: Driver) -> None:
             await _check_race(history, driver)
 
         self._with_driver(make_driver, scenario)
+
+    def test_a_process_that_is_killed_leaves_no_half_write(self, make_driver: MakeDriver) -> None:
+        """Nor does another process see one while they are written."""
+        context = multiprocessing.get_context("spawn")
+        names = ["killed/0", "killed/1"]
+        busy = [context.Event() for _ in names]
+        children = [
+            context.Process(target=_flip_in_child, args=(make_driver, *each))
+            for each in zip(names, busy, strict=True)
+        ]
+
+        async def look(driver: Driver, name: str, how: int) -> bool:
+            if how % 2:
+                found = [entry for entry in await driver.get([Key(name, key) for key in _FLIPPED]) if entry]
+            else:
+                found = (await driver.scan(name, "", None, limit=1000)).entries
+            _expect(len(found) in (0, len(_FLIPPED)), f"{len(found)} of {len(_FLIPPED)} keys are seen")
+            _expect(len({entry.version for entry in found}) <= 1, "two Writes are seen as one")
+            _expect(all(e.value == b"%d" % e.version for e in found), "a value has another's version")
+            return bool(found)
+
+        async def scenario(driver: Driver) -> None:
+            for child in children:
+                child.start()
+            begun: set[str] = set()
+            how = 0
+            end = time.monotonic() + self.seconds
+            while time.monotonic() < end or len(begun) < len(names):
+                how += 1
+                _expect(all(child.is_alive() for child in children), "a process that only writes has failed")
+                for name in names:
+                    if await look(driver, name, how) and name not in begun:
+                        begun.add(name)
+                        end = time.monotonic() + 0.5
+                await asyncio.sleep(0)
+            for child, event in zip(children, busy, strict=True):
+                for _ in range(2):
+                    begin = time.monotonic()
+                    event.clear()
+                    event.wait(self.seconds)
+                # Half of that time is a commit, and now one begins: kill in its midst.
+                await asyncio.sleep((time.monotonic() - begin) / 4)
+                child.kill()
+                child.join()
+            for name in names:
+                for how in range(2):
+                    await look(driver, name, how)
+
+        try:
+            self._with_driver(make_driver, scenario)
+        finally:
+            for child in children:
+                if child.pid is not None:
+                    child.kill()
+                    child.join()
 
 
 class BrokenDriver(MemoryDriver):
@@ -797,13 +924,22 @@ def _mark(partition: str, key: str, version: int) -> bytes:
     return f"{partition} {key} {version}".encode()
 
 
-async def _race(drivers: Sequence[Driver], seed: int, tasks: int, rounds: int) -> list[Action]:
+async def _race(
+    drivers: Sequence[Driver], seed: int, tasks: int, rounds: int, gate: Callable[[], object] = lambda: None
+) -> list[Action]:
+    """`gate` is called by one worker while the others wait: other processes may wait there too."""
     meeting = asyncio.Barrier(tasks * len(drivers))
+
+    async def meet() -> None:
+        if await meeting.wait() == 0:
+            gate()
+        await meeting.wait()
+
     workers = []
     for number, driver in enumerate([*drivers] * tasks):
         chance = random.Random(f"{seed} {number}")
         versions = count(2**61 + (seed << 40) + (number << 20))
-        workers.append(work(driver, "race", chance, versions, rounds, meeting.wait))
+        workers.append(work(driver, "race", chance, versions, rounds, meet))
     return [action for part in await _together(*workers) for action in part]
 
 
@@ -825,15 +961,64 @@ def _await_gate_at(gate: Barrier) -> None:
 def _race_in_child(
     make_driver: MakeDriver, seed: int, objects: int, rounds: int, seconds: float
 ) -> list[Action]:
-    async def main() -> list[Action]:
+    async def main(meet: Callable[[], object]) -> list[Action]:
         async with asyncio.timeout(seconds), AsyncExitStack() as stack:
             drivers = [await _opened(make_driver, stack) for _ in range(objects)]
-            return await _race(drivers, seed, 1, rounds)
+            history = await _race(drivers, seed, 1, rounds, meet)
+            meet()
+            return history + await _contend(drivers[0], seed)
 
-    if _gate is None:
+    gate = _gate
+    if gate is None:
         raise BrokenBarrierError
-    _gate.wait(seconds)
-    return asyncio.run(main())
+    try:
+        gate.wait(seconds)
+        return asyncio.run(main(partial(gate.wait, seconds)))
+    except BaseException:
+        gate.abort()
+        raise
+
+
+async def _contend(driver: Driver, seed: int) -> list[Action]:
+    """Race on two keys without pause: it shows a gap of microseconds between test and change."""
+    chance, versions = random.Random(seed), count(2**60 + (seed << 40))
+    history: list[Action] = []
+    name, end = _partitions_of("race")[0], time.monotonic() + 0.6
+    while time.monotonic() < end:
+        looked = await _look(driver, [name])
+        await asyncio.sleep(0.001 if chance.random() < 0.3 else 0)
+        looked += await _look(driver, [name])  # others have written since: what was read must not be kept
+        seen = looked[-1]
+        one, other = chance.sample(_LASTING[:2], 2)
+        version, held = next(versions), seen.reads[other]
+        mark = _mark(name, one, version)
+        ops: list[Op] = [Put(one, mark, seen.reads[one])]
+        ops += [Check(other, held)] if held != ABSENT else []
+        begin = time.monotonic_ns()
+        (outcome,) = await driver.commit([Write(name, (*ops,), version)])
+        reads = {op.key: op.expect for op in ops if op.expect is not None}
+        history += looked
+        history.append(Action(name, reads, {one: version}, version, outcome, begin, time.monotonic_ns()))
+    return history
+
+
+_FLIPPED: Final = [f"{n:03}" for n in range(100)]
+
+
+def _flip_in_child(make_driver: MakeDriver, name: str, busy: Event) -> None:
+    """Overwrite all keys at once, for ever."""
+
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            driver = await _opened(make_driver, stack)
+            for version in count(2**61):
+                ops = tuple(Put(key, b"%d" % version) for key in _FLIPPED)
+                begin = time.monotonic()
+                busy.set()
+                await driver.commit([Write(name, ops, version)])
+                await asyncio.sleep(time.monotonic() - begin)  # who reads gets his turn
+
+    asyncio.run(main())
 
 
 # Random calls, compared with the memory driver.
@@ -1038,7 +1223,7 @@ class _Strict:
         await self._driver.close()
 
     async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
-        found = await self._driver.get(keys)
+        found = _own(await self._driver.get(keys))
         _expect(type(found) is list and len(found) == len(keys), "get returns a list, one item a key")
         for key, entry in zip(keys, found, strict=True):
             if entry is not None:
@@ -1053,6 +1238,7 @@ class _Strict:
         what = f"scan {partition} {start!r} to {end!r}, {limit=}, {reverse=}"
         _expect(type(page) is Page and type(page.entries) is list, f"{what} returns a Page with a list")
         _expect(type(page.more) is bool, f"{what} returns {page.more!r} as more")
+        page = page._replace(entries=_own(page.entries))
         for entry in page.entries:
             _check_entry(entry)
             inside = start <= entry.key and (end is None or entry.key < end)
@@ -1084,6 +1270,15 @@ class _Strict:
         _expect(following is None or type(following) is str, f"partitions returns {following!r} as cursor")
         _expect(len(names) <= limit, f"partitions returns {len(names)} names for {limit=}")
         return names, following
+
+
+def _own(answer: list[T]) -> list[T]:
+    """Return a copy and spoil the original: a driver must not give out a list that it keeps."""
+    if type(answer) is not list:
+        return answer
+    copy = answer[:]
+    answer.clear()
+    return copy
 
 
 def _check_entry(entry: Entry) -> None:
@@ -1120,6 +1315,7 @@ async def _everything(
     while True:
         page = await driver.scan(partition, start, end, limit=limit, reverse=reverse)
         _expect(bool(page.entries) or not page.more, "an empty page says that there is more")
+        _expect(bool(page.entries) or not entries, "a page says that there is more, and nothing follows")
         entries += page.entries
         if not page.more:
             return entries
@@ -1158,8 +1354,19 @@ _shortened.maxstring = _shortened.maxother = 300
 
 def _same(got: object, wanted: object, what: str) -> None:
     __tracebackhide__ = True
-    if got != wanted:
-        _fail(f"{what}: got {_shortened.repr(got)} instead of {_shortened.repr(wanted)}")
+    if got == wanted:
+        return
+    if isinstance(got, set) and isinstance(wanted, set):
+        lacks, extra = sorted(wanted - got), sorted(got - wanted)
+        _fail(
+            f"{what}: lacks {_shortened.repr(lacks)}, holds {_shortened.repr(extra)} that should not be there"
+        )
+    if type(got) is list and type(wanted) is list and max(len(got), len(wanted)) > 1:
+        pairs = enumerate(zip(got, wanted, strict=False))
+        at = next((n for n, (one, other) in pairs if one != other), min(len(got), len(wanted)))
+        what = f"{what}: {len(got)} items, {len(wanted)} wanted, from item {at} on"
+        got, wanted = got[at : at + 2], wanted[at : at + 2]
+    _fail(f"{what}: got {_shortened.repr(got)} instead of {_shortened.repr(wanted)}")
 
 
 def _expect(holds: bool, what: str) -> None:
