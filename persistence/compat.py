@@ -342,14 +342,18 @@ class Checkpointer:
         return await self._checkpoints.get(thread_id, checkpoint_id)
 
     async def list(
-        self, thread_id: str, options: Mapping[str, Any] | None = None, **more: Any
+        self,
+        thread_id: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        limit: float | None = None,
     ) -> Listing[CheckpointMeta]:
         """Return what is known of the checkpoints, newest first, at most `limit` (or ``{"limit": …}``)."""
-        options = more if options is None else options
-        if not isinstance(options, Mapping) or not options.keys() <= {"limit"}:
-            message = f"options={options!r:.80}: only a limit can be given"
-            raise InvalidValueError(message)
-        limit = options.get("limit")
+        if options is not None:
+            if not isinstance(options, Mapping) or not options.keys() <= {"limit"}:
+                message = f"options={options!r:.80}: only a limit can be given"
+                raise InvalidValueError(message)
+            limit = options.get("limit", limit)
         if isinstance(limit, float):
             limit = int(limit // 1) if isfinite(limit) else 0 if limit < 0 else None
         return await self._checkpoints.list(thread_id, limit=limit)
