@@ -32,6 +32,14 @@ def is_name(text: str, limit: int) -> bool:
     return 0 < len(text) <= limit and all("!" <= char <= "~" and char not in "{}" for char in text)
 
 
+async def end_of_the_process() -> None:
+    """Be cancelled, as whatever runs when a process ends: there is no answer, and nobody asks again."""
+    task = asyncio.current_task()
+    if task is not None:
+        task.cancel()
+    await asyncio.Event().wait()
+
+
 class RecordingDriver:
     """Keeps the core to its side of the contract, counts calls, and can hold them up at a gate.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from engines import ENGINES
-from faulty_driver import FaultyDriver, RecordingDriver
+from faulty_driver import FaultyDriver, RecordingDriver, end_of_the_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pieces import same, states
@@ -1103,13 +1103,13 @@ class Mortal(RecordingDriver):
         if self.lives < 0:
             if self.lives == -1 and self.applied:
                 await super().apply(writes)
-            raise asyncio.CancelledError
+            await end_of_the_process()
         return await super().apply(writes)
 
     async def purge(self, partition: str, start: str, end: str | None) -> None:
         self.lives -= 1
         if self.lives < 0:
-            raise asyncio.CancelledError
+            await end_of_the_process()
         await super().purge(partition, start, end)
 
 
@@ -1132,7 +1132,10 @@ async def _life(p: Persistence, done: list[str]) -> None:
 
 
 @pytest.mark.parametrize("applied", [True, False])
-async def test_killed_anywhere_and_repaired_nothing_leaks_and_nothing_is_lost(applied: bool) -> None:
+async def test_killed_anywhere_and_repaired_nothing_leaks_and_nothing_is_lost(
+    applied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.thread_repair._UPLOAD_PAUSE", 0.01)  # hundreds of times
     expected = {
         "put 0": state(4, 0),
         "put 1": state(5, 1),

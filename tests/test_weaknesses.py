@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from faulty_driver import end_of_the_process
 
 from persistence import (
     CorruptRecordError,
@@ -56,7 +57,7 @@ class Watched(MemoryDriver):
         if self.lives is not None:
             self.lives -= 1
             if self.lives < 0:
-                raise asyncio.CancelledError  # as if the process had died here
+                await end_of_the_process()
         self.calls.append("commit")
         for write in writes:
             self.bytes_written += sum(len(op.value) for op in write.ops if isinstance(op, Put))
