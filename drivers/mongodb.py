@@ -49,7 +49,6 @@ from persistence.options import (
     missing_client,
     split_url,
     take_apart,
-    unapplied,
     untrusted,
     url_or_address,
 )
@@ -287,8 +286,8 @@ class MongoDBDriver:
             with self._translated(), self._unhindered():
                 results = await _settled([way([writes[n] for n in places]) for way, places in kinds.items()])
         except UnavailableError as error:
-            if [*kinds] == [self._insert] and isinstance(error.__cause__, errors.ServerSelectionTimeoutError):
-                raise unapplied(error) from error.__cause__  # the one command had nowhere to go
+            if [*kinds] == [self._insert]:  # one command, which may have had nowhere to go
+                error.unapplied = isinstance(error.__cause__, errors.ServerSelectionTimeoutError)
             raise
         for places, result in zip(kinds.values(), results, strict=True):
             for place, outcome in zip(places, result or (), strict=result is not None):

@@ -519,8 +519,7 @@ class MySQLDriver:
             except _FAILURES as error:
                 late = asyncio.get_running_loop().time() > deadline
                 if late or _code(error) not in _RETRIED:
-                    told = _translated(error)
-                    raise (unapplied(told) if _code(error) in _RETRIED else told) from error
+                    raise unapplied(_translated(error), certain=_code(error) in _RETRIED) from error
             tries += 1
             await asyncio.sleep(random.uniform(0, min(0.002 * 2**tries, _LONGEST_PAUSE)))
 

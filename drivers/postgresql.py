@@ -543,9 +543,8 @@ class PostgreSQLDriver:
             ) as error:
                 late = asyncio.get_running_loop().time() > deadline
                 if late or not isinstance(error, _RETRIED):
-                    told = self._translated(error)
                     undone = connection is None or isinstance(error, _RETRIED)
-                    raise (unapplied(told) if undone else told) from error
+                    raise unapplied(self._translated(error), certain=undone) from error
             tries += 1
             await asyncio.sleep(random.uniform(0, min(0.002 * 2**tries, _LONGEST_PAUSE)))
 

@@ -473,22 +473,20 @@ class RedisDriver:
 
     async def _send_once(self, client: Redis, words: tuple[Any, ...]) -> Any:
         pool: Any = client.connection_pool
-        connection = None
+        connection, connected = None, False
         try:
-            try:
-                connection = self._idle.pop() if self._idle else await pool.get_connection()
-                await pool.ensure_connection(connection)
-            except _FAILURES as error:
-                raise unapplied(_as_ours(error)) from error
+            connection = self._idle.pop() if self._idle else await pool.get_connection()
+            await pool.ensure_connection(connection)
+            connected = True
             [reply] = await _exchange(connection, [pack_command(words)], self._timeout)
             if isinstance(reply, exceptions.NoScriptError):
                 [reply] = await _exchange(connection, [pack_command(_with_text(words))], self._timeout)
+        except _FAILURES as error:
+            raise unapplied(_as_ours(error), certain=not connected) from error
         finally:
-            if connection is None:
-                pass  # there was none to be had
-            elif self._given is None:
+            if connection is not None and self._given is None:
                 self._idle.append(connection)
-            else:
+            elif connection is not None:
                 await pool.release(connection)
         if _leads_nowhere(reply):
             # The other connections most likely died too, or lead to a server that is no longer the primary.

@@ -461,7 +461,7 @@ class _Connection:
             if code == sqlite3.SQLITE_CANTOPEN and self._db is not None:
                 kind = UnavailableError  # it could be opened once: descriptors have run out
             message = f"{self._path}: {error}"
-            raise (unapplied(kind(message)) if code in _LOCKED else kind(message)) from error
+            raise unapplied(kind(message), certain=code in _LOCKED) from error
 
 
 def _work(calls: _Calls) -> None:

@@ -65,6 +65,7 @@ __all__ = [
     "RETRY_SECONDS",
     "Call",
     "Coalescer",
+    "Lodger",
     "Reply",
     "Room",
     "Tries",
@@ -210,22 +211,27 @@ class Reply(Protocol):
 # These are made for every write: a Struct takes a third of the time of an ordinary class.
 
 
-class _Member(msgspec.Struct, eq=False):
+class Lodger(msgspec.Struct, eq=False, kw_only=True):
+    """What takes up room: its caller's, or its own if that gives up while it is under way."""
+
+    sent: bool = False  # it is under way
+    leave: Callable[[], None] | None = None  # gives the room back; set when the caller has given up
+
+    def give_room(self) -> None:
+        """Take note that it is not under way, and return the room that its caller has left to it."""
+        self.sent = False
+        if self.leave is not None:
+            self.leave()
+            self.leave = None
+
+
+class _Member(Lodger, eq=False):
     """One caller's write."""
 
     ops: tuple[Op, ...]
     size: int
     reply: Reply
     calls: Sequence[Call]
-    sent: bool = False  # it is under way
-    room: Room | None = None  # to be given back when its outcome is known, for the caller has given up
-
-    def give_room(self) -> None:
-        """Take note that it is not under way, and return the room that its caller has left to it."""
-        self.sent = False
-        if self.room is not None:
-            self.room.give(self.size)
-            self.room = None
 
 
 class _Group(msgspec.Struct, eq=False):
@@ -350,8 +356,7 @@ class Coalescer:
             self.start(self._close_opened(opening))
             raise
         except BaseException:
-            self._move_out()
-            await self._driver.close()
+            await self._close_driver()
             raise
 
     def _settle_in(self) -> None:
@@ -366,15 +371,15 @@ class Coalescer:
                 raise ConfigurationError(message)
             _homes[self._driver] = self.loop, _forks
 
-    def _move_out(self) -> None:
+    async def _close_driver(self) -> None:
         with suppress(TypeError):
             _homes.pop(self._driver, None)
+        await self._driver.close()
 
     async def _close_opened(self, opening: asyncio.Task[None]) -> None:
         with suppress(Exception):  # nobody waits for it any more
             await opening
-        self._move_out()
-        await self._driver.close()
+        await self._close_driver()
 
     async def close(self) -> None:
         """Let the public calls under way finish, then close the driver. Idempotent."""
@@ -392,8 +397,7 @@ class Coalescer:
             await last_call_has_left
         while tasks := self._under_way():
             await asyncio.wait(tasks)
-        self._move_out()
-        await self._driver.close()
+        await self._close_driver()
 
     def check(self) -> None:
         """Raise `ConfigurationError` where this object must not be used."""
@@ -589,7 +593,7 @@ class Coalescer:
             version = await future
         except BaseException:
             if member.sent and future.cancelled():  # it is under way, and in memory
-                member.room = self.room
+                member.leave = partial(self.room.give, size)
             else:
                 member.ops = ()
                 self.room.give(size)
@@ -768,10 +772,9 @@ class Coalescer:
                 if not group.settled:
                     group.fail(_unknown(group, error))
                 continue
-            if outcome or (outcome is False and group.hint):
+            # A refusal is final where none before it can have been applied.
+            if outcome or (outcome is False and (group.hint or unapplied)):
                 self._decide(lane, group, applied=outcome)
-            elif outcome is False and unapplied:  # this was the first time that it could be
-                self._decide(lane, group, applied=False)
             elif outcome is False:
                 await self._refused(lane, group, cause)
 

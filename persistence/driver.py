@@ -200,8 +200,8 @@ class Driver(Protocol):
         the core then reads back and decides, so a driver must not send a Write
         a second time once it may have been applied. An `UnavailableError`
         whose `unapplied` is set says that none of them was, as when it could
-        not connect. As few round trips as the
-        engine allows, whatever the number of Writes.
+        not connect. As few round trips as the engine allows, whatever the
+        number of Writes.
         """
         ...
 

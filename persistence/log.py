@@ -23,12 +23,13 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET
 
-from persistence.coalescer import CALL, RETRY_SECONDS, Call, Room, Tries, backoff, fail, outpaced
+from persistence.coalescer import CALL, RETRY_SECONDS, Call, Lodger, Tries, backoff, fail, outpaced
 from persistence.driver import ABSENT, MAX_WRITE_OPS, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
@@ -128,7 +129,7 @@ class Tail(msgspec.Struct, frozen=True, gc=False):
     born: int = 0  # number of the marker after the last delete: what was before is another life
 
 
-class _Append(msgspec.Struct, eq=False):
+class _Append(Lodger, eq=False):
     """Entries that one caller waits for, numbered together."""
 
     future: asyncio.Future[int]
@@ -141,15 +142,6 @@ class _Append(msgspec.Struct, eq=False):
     edit: Callable[[Tail], Awaitable[tuple[Op, ...] | None]] | None = None
     looked: bool = False  # the end was read after this append had been asked for
     deadline: float | None = None  # set when another writer was faster for the first time
-    sent: bool = False  # its Write is under way
-    room: Room | None = None  # to be given back when that has arrived, for the caller has given up
-
-    def give_room(self) -> None:
-        """Take note that it is not under way, and return the room that its caller has left to it."""
-        self.sent = False
-        if self.room is not None:
-            self.room.give(self.size)
-            self.room = None
 
 
 class _Flight(msgspec.Struct, eq=False):
@@ -234,7 +226,7 @@ class Log:
                 first = await self._enqueue(partition, append)
             except BaseException:
                 if append.sent and append.future.cancelled():  # its Write is under way, and in memory
-                    append.room = coalescer.room
+                    append.leave = partial(coalescer.room.give, size)
                 else:
                     append.items = ()
                     coalescer.room.give(size)

@@ -106,10 +106,10 @@ def untrusted(error: BaseException | None, driver: str, option: str) -> Configur
     return None
 
 
-def unapplied(error: PersistenceError) -> PersistenceError:
-    """Return what a `commit` raises, marked: it is certain that none of its Writes was applied."""
+def unapplied(error: PersistenceError, *, certain: bool = True) -> PersistenceError:
+    """Return what a `commit` raises, noting whether it is `certain` that none of its Writes was applied."""
     if isinstance(error, UnavailableError):
-        error.unapplied = True
+        error.unapplied = certain
     return error
 
 

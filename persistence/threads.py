@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -662,19 +662,11 @@ class Threads(ThreadReader):
 
         `version` is the mark's. Each Write puts it anew, so that `repair` sees the upload go on.
         """
-        batch: list[Op] = []
-        size = 0
         mark = Put(PENDING + upload_id, pack(Body()))
-        for put in puts:
-            if len(batch) >= _WRITE_PIECES or size + len(put.value) > _WRITE_BYTES:
-                version = await self.store.coalescer.write(partition, [mark._replace(expect=version), *batch])
-                if not version:
-                    return ABSENT
-                batch, size = [], 0
-            batch.append(put)
-            size += len(put.value)
-        if batch:
+        for batch in _batches(puts):
             version = await self.store.coalescer.write(partition, [mark._replace(expect=version), *batch])
+            if not version:
+                break
         return version
 
     async def put_hints(self, thread_id: str, body: CheckpointBody) -> None:
@@ -776,6 +768,20 @@ def _planned(cut: Cut, head: HeadBody, version: int, known: dict[bytes, int]) ->
     placed, fresh = place(cut, known, numbers, in_pieces=large)
     size = sum(len(cut.texts[index]) for index in fresh) + len(fresh) * len(piece_key(0))
     return _Plan(head, version, numbers, placed, fresh, size, [])
+
+
+def _batches(puts: Iterable[Put]) -> Iterator[list[Put]]:
+    """Yield `puts` in parts that fit into a Write beside others."""
+    batch: list[Put] = []
+    size = 0
+    for put in puts:
+        if len(batch) >= _WRITE_PIECES or size + len(put.value) > _WRITE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(put)
+        size += len(put.value)
+    if batch:
+        yield batch
 
 
 def _is_latest(head: HeadBody, id: str) -> bool:
