@@ -15,10 +15,21 @@ from urllib.parse import quote
 
 from persistence.errors import CorruptRecordError, InvalidKeyError
 
-__all__ = ["MAX_ID_BYTES", "after", "encode_id", "key_number", "newest_first", "number_key", "prefix_end"]
+__all__ = [
+    "MAX_ID_BYTES",
+    "MAX_NUMBER",
+    "after",
+    "encode_id",
+    "key_number",
+    "newest_first",
+    "number_key",
+    "prefix_end",
+]
 
 MAX_ID_BYTES = 1 << 16
 """The longest id, in bytes of UTF-8."""
+MAX_NUMBER = 10**12 - 1
+"""The greatest number in a key: all have twelve digits, so that they sort."""
 
 _MAX_ENCODED = 200
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@+-]{1,200}")

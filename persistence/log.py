@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
@@ -39,7 +38,7 @@ from persistence.errors import (
     UnavailableError,
 )
 from persistence.ids import steady_seconds
-from persistence.keys import key_number, number_key, prefix_end
+from persistence.keys import MAX_NUMBER, key_number, number_key, prefix_end
 from persistence.store import Body, Chunks, MissingChunkError, Store, pack
 
 __all__ = [
@@ -677,18 +676,26 @@ class Log:
         `through` must be visible, else `NotFoundError`. Hidden at once, in one
         Put; then the hidden entries are emptied, one Write a thousand.
         """
+        return await self._hide(partition, ((through or 0) + 1, MAX_NUMBER), through)
+
+    async def take_back(self, partition: str, count: int) -> None:
+        """Hide the first `count` entries, which the caller has appended, and no others."""
+        await self._hide(partition, (1, count))
+
+    async def _hide(self, partition: str, span: Span, after: int | None = None) -> int:
+        """Hide what is visible in `span`, if number `after` is visible; return how many entries."""
         hidden: list[Span] = []
         replaced = 0
 
         async def make(tail: Tail) -> tuple[Op, ...] | None:
             nonlocal hidden, replaced
             spans = await self.spans(partition, tail)
-            kept = _within(spans, 1, 0 if through is None else through)
-            if through is not None and (not kept or kept[-1][1] != through):
-                message = f"no visible entry has number {through}"
+            if after is not None and not _within(spans, after, after):
+                message = f"no visible entry has number {after}"
                 raise NotFoundError(message, partition=partition)
             replaced = tail.marker
-            hidden = _within(spans, 1 if through is None else through + 1, tail.number)
+            hidden = _within(spans, *span)
+            kept = _within(spans, 1, span[0] - 1) + _within(spans, span[1] + 1, MAX_NUMBER)
             return (self.marker(tail, "cut", kept),) if hidden else None
 
         tries = Tries(partition)
@@ -705,6 +712,17 @@ class Log:
         body = LogBody(n=_count(kept), m=number, b=born, at=self._store.clock(), k=kind, r=kept)
         return Put(self._key(number), pack(body), ABSENT)
 
+    async def end_unread(self, partition: str, put: Put) -> int:
+        """Put `put` and the marker of a delete after a greatest entry that cannot be read.
+
+        Returns the version, `ABSENT` if it was refused.
+        """
+        page = await self._store.coalescer.scan(partition, self._prefix, self._end, limit=1, reverse=True)
+        number = self._number(partition, page.entries[0].key) if page.entries else 0
+        self._tails.pop(partition, None)
+        end = Tail(number, 0, 0, 0, False, steady_seconds())
+        return await self._store.coalescer.write(partition, [put, self.marker(end, "delete", [])])
+
     async def hidden(self, partition: str) -> list[Span]:
         """Return the ranges of entries that are not visible, the last marker aside."""
         return await _steadily(lambda: self._hidden(partition))
@@ -718,17 +736,26 @@ class Log:
         gaps = zip(edges[0::2], edges[1::2], strict=False)
         return [(low + 1, high) for low, high in gaps if low < high]
 
-    async def empty(self, partition: str, spans: Sequence[Span], *, dry_run: bool = False) -> int:
-        """Overwrite hidden entries by stubs; return how many. Can be repeated and interrupted."""
+    async def empty(
+        self, partition: str, spans: Sequence[Span], *, unread: bool = False, dry_run: bool = False
+    ) -> int:
+        """Overwrite hidden entries by stubs; return how many. Can be repeated and interrupted.
+
+        What cannot be read is left as it is, and named by `repair`; with `unread` it is overwritten too.
+        """
         emptied = 0
         for low, high in spans:
             async for entries in self._pages(partition, self._key(low), self._key(high + 1)):
                 full: list[tuple[Entry, LogBody]] = []
                 for entry in entries:
-                    with suppress(CorruptRecordError):  # left as it is; `repair` names it
+                    try:
                         body = self._unpack(partition, entry)
-                        if body.k != "stub":
-                            full.append((entry, body))
+                    except CorruptRecordError:
+                        if not unread:
+                            continue
+                        body = LogBody()
+                    if body.k != "stub":
+                        full.append((entry, body))
                 if dry_run:
                     emptied += len(full)
                 elif full:

@@ -24,7 +24,7 @@ from persistence.errors import (
     PersistenceError,
 )
 from persistence.ids import as_ms
-from persistence.keys import encode_id
+from persistence.keys import MAX_NUMBER, encode_id
 from persistence.log import APPEND_BYTES, APPEND_ENTRIES, Item, Log, Tail
 from persistence.records import (
     ContainerRecord,
@@ -46,7 +46,6 @@ __all__ = [
 ]
 
 _PAGE = 500
-_MAX_NUMBER = 10**12 - 1
 
 CONTAINERS = Kind("container", ContainerRecord, "container_id", lambda record: (Place("index/containers"),))
 IMAGES = Kind(
@@ -480,9 +479,10 @@ class Sessions(Repository):
     ) -> Deleted:
         """Do what `delete_session` does; with `unsaved` just if there are messages and no record."""
         partition = SESSIONS.partition(session_id)
-        removed = 0
+        removed: int | None = None  # unknown, if the last message cannot be read
 
         async def bury(current: Loaded[SessionRecord], put: Put) -> int | None:
+            nonlocal removed
             if unsaved and current.there:
                 return None
 
@@ -493,13 +493,17 @@ class Sessions(Repository):
                 removed = tail.visible
                 return put, self.log.marker(tail, "delete", [])
 
-            return await self.log.edit(partition, make)
+            try:
+                return await self.log.edit(partition, make)
+            except CorruptRecordError:
+                removed = None
+                return await self.log.end_unread(partition, put)
 
         deleted = await self.records.delete(session_id, only=only, bury=bury)
         if deleted is None:
             return Deleted()
-        await self.log.empty(partition, await self.log.hidden(partition))
-        return Deleted(sessions=int(deleted.there), messages=removed)
+        emptied = await self.log.empty(partition, await self.log.hidden(partition), unread=True)
+        return Deleted(sessions=int(deleted.there), messages=emptied if removed is None else removed)
 
     async def _fork(
         self,
@@ -514,7 +518,7 @@ class Sessions(Repository):
             message = f"no session {session_id!r:.80}; `save_session` makes one"
             raise NotFoundError(message, partition=SESSIONS.partition(session_id))
         new_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
-        above = await self._copy(session_id, new_id, through)
+        above, copied = await self._copy(session_id, new_id, through)
         now = self._store.clock()
         # Listed before its source, be it of the same millisecond or of a clock that is a little ahead.
         now = max(now, min(source.created_at + 1, now + 1_000))
@@ -528,11 +532,15 @@ class Sessions(Repository):
             updated_at=now,
             extra=source.extra,
         )
-        record.version = await self._save(record, ABSENT)
+        try:
+            record.version = await self._save(record, ABSENT)
+        except ConflictError:  # it has become somebody else's session
+            await self.log.take_back(SESSIONS.partition(new_id), copied)
+            raise
         return record
 
-    async def _copy(self, session_id: str, new_id: str, through: int | None) -> int:
-        """Copy messages into a session that was never used; return the number of the last one."""
+    async def _copy(self, session_id: str, new_id: str, through: int | None) -> tuple[int, int]:
+        """Copy messages into a session that was never used; return the number of the last, and how many."""
         partition = SESSIONS.partition(new_id)
         if (await self.records.load(new_id)).version or (await self.log.tail(partition)).number:
             message = f"the session id {new_id!r} was used before"
@@ -544,20 +552,22 @@ class Sessions(Repository):
             raise NotFoundError(message, partition=origin)
         last = begun.number if through is None else min(_number(through) or 0, begun.number)
         above = copied = 0
-        while above < last:
-            page = await self.log.read(origin, above=above, below=last + 1, limit=_PAGE)
-            if (await self.log.tail(origin)).marker != begun.marker:
-                if copied:  # else what is there is not ours
-                    await self._delete(new_id)
-                message = f"session {session_id!r} was truncated while it was copied: fork it again"
-                raise ConflictError(message, partition=origin)
-            if not page:
-                break
-            for batch in _batches([await self._item(partition, item.value, item.at) for item in page]):
-                await self.log.append(partition, batch, expected_last=copied)
-                copied += len(batch)
-            above = page[-1].number
-        return above
+        try:
+            while above < last:
+                page = await self.log.read(origin, above=above, below=last + 1, limit=_PAGE)
+                if (await self.log.tail(origin)).marker != begun.marker:
+                    message = f"session {session_id!r} was truncated while it was copied: fork it again"
+                    raise ConflictError(message, partition=origin)
+                if not page:
+                    break
+                for batch in _batches([await self._item(partition, item.value, item.at) for item in page]):
+                    await self.log.append(partition, batch, expected_last=copied)
+                    copied += len(batch)
+                above = page[-1].number
+        except ConflictError:  # what others append there stays
+            await self.log.take_back(partition, copied)
+            raise
+        return above, copied
 
     async def _item(self, partition: str, message: Mapping[str, Any], at: int | None = None) -> Item:
         if type(message) is not dict:
@@ -1098,7 +1108,7 @@ async def _delete_with(
 def _number(value: int | None) -> int | None:
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_NUMBER:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
         message = f"{value!r} is no number of a message: use a whole number from 0 on"
         raise InvalidValueError(message)
     return value

@@ -39,7 +39,7 @@ from persistence.errors import (
     UnavailableError,
 )
 from persistence.ids import steady_seconds
-from persistence.keys import encode_id, key_number, number_key, prefix_end
+from persistence.keys import MAX_NUMBER, encode_id, key_number, number_key, prefix_end
 from persistence.log import FORGET_SECONDS
 from persistence.store import Body, Chunks, MissingChunkError, Store, pack
 
@@ -51,7 +51,6 @@ _LAST_PARTS = frozenset({"finish", "error"})
 _REMEMBERED = 10_000  # streams whose end a process remembers
 _PAGE = 500
 _READ_TRIES = 6
-_MOST = 999_999_999_999  # 12 digits
 _LONGEST = 10**11  # seconds; some 3,000 years
 
 
@@ -229,7 +228,12 @@ class Streams(Repository):
     @public_change
     async def delete(self, stream_id: str, *, timeout: float | None = None) -> int:
         """Delete a stream; return how many parts it had. It may begin anew, with index 0."""
-        end = await self._delete(_partition(stream_id))
+        partition = _partition(stream_id)
+        try:
+            end = await self._delete(partition)
+        except CorruptRecordError:
+            await self._replace_head(partition, stream_id)
+            end = await self._delete(partition)
         return end.parts if end is not None and self._alive(end) else 0
 
     @public_change
@@ -479,6 +483,21 @@ class Streams(Repository):
                 return end
             await tries.another()
 
+    async def _replace_head(self, partition: str, stream_id: str) -> None:
+        """Put a head with the life that is not over in the place of one that cannot be read."""
+        (entry,) = await self._store.coalescer.get([Key(partition, _HEAD)])
+        if entry is None:
+            return
+        present = ""
+        for life in await self._store.coalescer.names(partition, _PART):
+            last = await self._greatest(partition, _life_prefix(life))
+            with suppress(CorruptRecordError):
+                if last is None or self._store.unpack(self._parts, partition, last).gone:
+                    continue
+            present = life
+        head = _Head(id=stream_id, life=present, at=self._store.clock())
+        await self._store.coalescer.write(partition, [Put(_HEAD, pack(head), entry.version)])
+
     async def _drop_life(self, partition: str, end: _End) -> None:
         if end.last.big:
             chunks = [one async for one in self._chunks(partition, end.life)]
@@ -642,8 +661,8 @@ def _part_key(life: str, index: int) -> str:
 
 
 def _whole(least: int, value: int, what: str) -> int:
-    if type(value) is not int or not least <= value <= _MOST:
-        message = f"{what}: use a whole number from {least} to {_MOST:,}"
+    if type(value) is not int or not least <= value <= MAX_NUMBER:
+        message = f"{what}: use a whole number from {least} to {MAX_NUMBER:,}"
         raise InvalidValueError(message)
     return value
 

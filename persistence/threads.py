@@ -38,7 +38,7 @@ from persistence.errors import (
     PersistenceError,
     UnavailableError,
 )
-from persistence.keys import after
+from persistence.keys import after, prefix_end
 from persistence.numbering import BLOCK, BLOCKS, Numbers, place
 from persistence.pieces import Cut, Span, count, digest, runs, subtract, union
 from persistence.store import Body, pack
@@ -46,6 +46,7 @@ from persistence.thread_reader import (
     CHECKPOINT,
     HEAD,
     PENDING,
+    PIECE,
     CheckpointBody,
     Found,
     HeadBody,
@@ -340,8 +341,13 @@ class Threads(ThreadReader):
             await self.clean(partition)
 
     async def delete(self, thread_id: str) -> int:
-        """Delete a thread, at once; return how many checkpoints that removed."""
-        return await self._delete(self.partition(thread_id), lambda head: True)
+        """Delete a thread, at once, if need be without its head; return how many checkpoints that removed."""
+        partition = self.partition(thread_id)
+        try:
+            return await self._delete(partition, lambda head: True)
+        except CorruptRecordError:
+            await self._replace_head(partition, thread_id)
+            return await self._delete(partition, lambda head: True)
 
     async def delete_expired(self, partition: str) -> int:
         """Delete the thread of `partition` if it has expired; return how many checkpoints that removed."""
@@ -377,6 +383,26 @@ class Threads(ThreadReader):
                     delete = Delete(key.key, entry.version)
                     await self.store.coalescer.write(key.partition, [delete], hint=True)
             return removed
+
+    async def _replace_head(self, partition: str, thread_id: str) -> None:
+        """Put a head that knows what lies in the thread in the place of one that cannot be read."""
+        coalescer = self.store.coalescer
+        (entry,) = await coalescer.get([Key(partition, HEAD)])
+        if entry is None:
+            return
+        head = HeadBody(id=thread_id, g=self.store.ids(), at=self.store.clock())
+        found = await self.listed(partition, head)
+        for start, end in ((PIECE, piece_key(BLOCKS)), (piece_key(BLOCKS), prefix_end(PIECE))):
+            for last in (await coalescer.scan(partition, start, end, limit=1, reverse=True)).entries:
+                number = number_of(partition, last.key)
+                if number < BLOCKS:
+                    head.n = number
+                else:
+                    head.blocks = (number - BLOCKS) // BLOCK + 1
+        head.k, head.i = len(found), found[-1].id if found else ""
+        uploads = [Delete(PENDING + id) for id in await coalescer.names(partition, PENDING)]
+        self.forget(partition)
+        await coalescer.write(partition, [Put(HEAD, pack(head), entry.version), *uploads])
 
     async def remove(
         self,

@@ -201,6 +201,33 @@ async def test_a_fork_that_fails_deletes_nobody_elses_session() -> None:
     assert await b.sessions.get_messages("f") == [{"precious": 1}]
 
 
+@pytest.mark.parametrize("call", [1, 2, 3])
+async def test_a_fork_leaves_nothing_in_a_session_that_others_begin_under_its_id(call: int) -> None:
+    between, a, b = await two()
+    await b.sessions.save_session(SESSION)
+    await b.sessions.add_messages("s", [{"n": n} for n in range(901)])
+    precious = [] if call == 3 else [{"precious": 1}]
+
+    async def meanwhile() -> None:
+        await b.sessions.save_session(SESSION | {"session_id": "f"})
+        await b.sessions.add_messages("f", precious)
+
+    commits = 0
+
+    def later(name: str, first: Any) -> bool:
+        nonlocal commits
+        commits += name == "commit" and any(write.partition == "session/f" for write in first)
+        return commits == call
+
+    between.when, between.do = later, meanwhile
+    with pytest.raises(ConflictError):
+        await a.sessions.fork_session("s", new_session_id="f")
+    assert await b.sessions.get_messages("f") == precious
+    assert await b.sessions.session_exists("f")
+    await b.sessions.add_message("f", {"mine": 1})
+    assert await a.sessions.get_messages("f") == [*precious, {"mine": 1}]
+
+
 async def test_a_cascade_leaves_what_was_moved_out_of_its_reach() -> None:
     between, a, b = await two()
     for n in range(3):

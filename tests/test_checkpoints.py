@@ -746,6 +746,30 @@ async def test_a_corrupt_piece_makes_its_checkpoints_unreadable_and_no_other(
             assert (await p.repair()).corrupt_count == 1
 
 
+async def test_a_thread_whose_head_cannot_be_read_can_be_deleted(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        metas = [await p.checkpoints.put("t", state(40 + i, i)) for i in range(5)]
+        partition = p.checkpoints.threads.partition("t")
+        garbage = [Put("head", b"{"), Put("pending/of-one-killed", b'{"f":1}')]
+        await p._store.coalescer.write(partition, garbage, hint=True)
+        for call in (q.checkpoints.get("t"), q.checkpoints.put("t", {}), q.checkpoints.list("t")):
+            with pytest.raises(CorruptRecordError, match="head"):
+                await call
+        assert await q.checkpoints.delete("t") == 5
+        assert await q.checkpoints.get("t") is None
+        assert await q.checkpoints.delete("t") == 0
+        with pytest.raises(ConflictError):
+            await p.checkpoints.put("t", {}, expected_latest=metas[-1].id)
+        assert await spare(q) == 0
+        assert await q._store.coalescer.names(partition, "piece/") == []
+        assert await q._store.coalescer.names(partition, "pending/") == []
+        meta = await p.checkpoints.put("t", state(3, 9))
+        assert ids(await q.checkpoints.list("t")) == [meta.id]
+        assert await q.checkpoints.get("t") == state(3, 9)
+        assert (await q.repair()).corrupt_count == 0
+
+
 # ---- named checkpoints
 
 

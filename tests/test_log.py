@@ -645,13 +645,35 @@ async def test_a_corrupt_last_message_stops_appends_and_is_left_alone(
         q.sessions.get_messages("s"),
         q.sessions.get_messages("s", last=1),
         q.sessions.clear_messages("s"),
-        q.sessions.delete_session("s"),
     ):
         with pytest.raises(CorruptRecordError) as caught:
             await call
         assert (caught.value.partition, caught.value.key) == (SESSION, key(3))
     assert await peek(memory, key(3)) == garbage
     await q.sessions.add_message("other", {})  # another session is not concerned
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("garbage", [*GARBAGE, NEWER])
+async def test_a_session_whose_last_message_is_corrupt_can_be_deleted(
+    memory: MemoryDriver, p: Persistence, q: Persistence, garbage: bytes, saved: bool
+) -> None:
+    record = {"session_id": "s", "image_id": "i", "container_id": "c"}
+    if saved:
+        await p.sessions.save_session(record)
+    await p.sessions.add_messages("s", [{"n": n} for n in range(3)])
+    await poke(memory, key(3), garbage)
+    removed = await q.sessions.delete_session("s")
+    assert (removed.sessions, removed.messages) == (int(saved), 3)
+    assert await q.sessions.get_messages("s") == []
+    assert not await q.sessions.delete_session("s")
+    for one in (p, q):
+        with pytest.raises(NotFoundError):
+            await one.sessions.add_message("s", {})
+    assert (await q.repair()).corrupt == []  # nothing of it is left
+    await p.sessions.save_session(record)
+    await p.sessions.add_message("s", {"n": 3})
+    assert await q.sessions.get_messages("s") == [{"n": 3}]
 
 
 @pytest.mark.parametrize("garbage", [*GARBAGE, NEWER, b'{"f":1,"n":2,"at":1,"t":true,"v":{"$bytes":5}}'])

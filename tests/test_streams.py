@@ -528,6 +528,28 @@ async def test_what_cannot_be_read_is_named_by_reads_and_by_repair(key: str) -> 
         assert place in await keys(p)  # left as it is
 
 
+@pytest.mark.parametrize("part", [None, b"{", b'{"f":2}'])
+async def test_a_stream_whose_head_cannot_be_read_can_be_deleted(part: bytes | None) -> None:
+    memory = MemoryDriver()
+    async with create_persistence(memory) as p, create_persistence(memory) as q:
+        await fill(p, 2)
+        await p.streams.delete("s")  # the mark of this life stays
+        await fill(p, 3)
+        await q.streams.get_meta("s")
+        puts = [Put("head", b"{")]
+        if part is not None:
+            puts.append(Put((await keys(p))[-1], part))
+        assert await memory.commit([Write("stream/s", tuple(puts), 7)]) == [True]
+        assert await q.streams.delete("s") == 3
+        assert await q.streams.get_parts("s") == []
+        assert await q.streams.delete("s") == 0
+        assert (await q.repair()).corrupt == []
+        with pytest.raises(ConflictError):
+            await p.streams.append("s", 3, text(3))  # which remembers the end that was
+        await fill(p, 1)
+        assert await q.streams.get_parts("s") == [text(0)]
+
+
 async def test_bad_arguments_are_refused(p: Persistence) -> None:
     for bad in (-1, True, 1.0, "1"):
         with pytest.raises(InvalidValueError, match="index"):
