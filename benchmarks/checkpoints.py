@@ -234,10 +234,15 @@ async def _ten_kilobytes(side: Side, rounds: int) -> dict[str, float]:
         state["step"] = step
         alone.append(await _seconds(partial(side.put, "alone", step, state)))
 
+    states: list[State] = [
+        {"messages": [_message(i + thread) for i in range(10)], "step": 0} for thread in range(64)
+    ]
+    new = [_message(step + 1000) for step in range(64 + 12)]
+
     async def work(thread: int, rounds: int, first: int) -> None:
-        state: State = {"messages": [_message(i + thread) for i in range(10)], "step": 0}
+        state = states[thread]
         for step in range(first, first + rounds):
-            state["messages"][step % 10] = _message(step + 1000 + thread)
+            state["messages"][step % 10] = new[step + thread]
             state["step"] = step
             await side.put(f"thread-{thread}", step, state)
 

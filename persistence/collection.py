@@ -225,7 +225,7 @@ class Collection(Generic[R]):
             old = {} if current.record is None else self.kind.hints(current.record)
             gone = [key for key in old if key not in hints]
             new = {key: place for key, place in hints.items() if key not in old}
-            if new and (current.body is not None or tries.made):
+            if new and current.body is not None:
                 # Whoever takes this record out of a listing read the version of
                 # the hint before he changed the record. We have read the record
                 # after that: a hint put now is one he cannot remove.

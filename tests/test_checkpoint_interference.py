@@ -23,6 +23,7 @@ from persistence import (
 )
 from persistence.driver import Key, Page, Put, Write
 from persistence.drivers.memory import MemoryDriver
+from persistence.numbering import BLOCKS
 from persistence.testing import MakeDriver
 
 STORED = pytest.mark.parametrize("make_driver", ["memory", "sqlite"], indirect=True)
@@ -37,7 +38,7 @@ async def keys(p: Persistence, partition: str) -> list[str]:
 
 
 class Hooked(MemoryDriver):
-    """Calls what is in `hooks`, once, before the call that it is named after."""
+    """Calls what is in `hooks`, once, before (or after) the call that it is named after."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +52,11 @@ class Hooked(MemoryDriver):
     async def scan(
         self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
     ) -> Page:
-        await self._at(f"scan {partition} {start.partition('/')[0]}")
-        return await super().scan(partition, start, end, limit=limit, reverse=reverse)
+        name = f"scan {partition} {start.partition('/')[0]}"
+        await self._at(name)
+        page = await super().scan(partition, start, end, limit=limit, reverse=reverse)
+        await self._at(f"after {name}")
+        return page
 
     async def purge(self, partition: str, start: str, end: str | None) -> None:
         await self._at(f"purge {partition}")
@@ -490,3 +494,39 @@ async def test_long_keys_are_no_part_of_the_skeleton() -> None:
     async with create_persistence(MemoryDriver()) as p:
         await p.checkpoints.put("t", given)
         assert await p.checkpoints.get("t") == given
+
+
+@STORED
+async def test_nothing_is_left_of_a_deleted_thread_whose_lists_grew_in_turn(make_driver: MakeDriver) -> None:
+    async with create_persistence(make_driver()) as p:
+        lists: dict[str, list[str]] = {"a": [], "b": []}
+        for i in range(12):
+            for name, items in lists.items():
+                items.append(f"{name}{i}".ljust(900, "x"))
+                await p.checkpoints.put("t", lists)
+        numbers = [int(key.removeprefix("piece/")) for key in await keys(p, "thread/t") if "piece/" in key]
+        assert max(numbers) >= BLOCKS  # those of each list are together
+        await p.checkpoints.delete("t")
+        assert await keys(p, "thread/t") == ["head"]
+
+
+async def test_a_thread_begun_anew_while_it_is_read_gets_none_of_the_old_pieces() -> None:
+    driver, now = Hooked(), 1_800_000_000_000
+    async with create_persistence(driver, clock=lambda: now) as p:
+        await p.checkpoints.put("t", state(300))
+    async with create_persistence(driver, clock=lambda: now) as p:
+
+        async def begin_anew() -> None:
+            nonlocal now
+            await p.checkpoints.delete("t")
+            now += 8 * 86_400_000
+            await p.repair()
+            assert await keys(p, "thread/t") == []
+            await p.checkpoints.put("t", state(300, "new"))
+
+        driver.hooks["after scan thread/t piece"] = begin_anew
+        assert await p.checkpoints.get("t") == state(300)
+        assert driver.hooks == {}
+        await p.checkpoints.put("t", state(300))
+    async with create_persistence(driver) as q:
+        assert await q.checkpoints.get("t") == state(300)

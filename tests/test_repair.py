@@ -85,7 +85,9 @@ async def test_stubs_go_after_a_day_and_numbers_go_on(timed: Persistence, clock:
     await timed.sessions.add_messages("s", [{"n": n} for n in range(5)])
     await timed.sessions.truncate_after_message("s", seq=2)
     assert await repaired(timed) == {}
-    clock.now += DAY_MS + 1
+    clock.now += DAY_MS - HOUR  # a slow writer may still go by their numbers
+    assert await repaired(timed) == {}
+    clock.now += HOUR + 1
     assert await repaired(timed) == {"stubs_removed": 3}
     assert await timed.sessions.add_message("s", {"n": 5}) == 7
     assert [message["n"] for message in await timed.sessions.get_messages("s")] == [0, 1, 5]
