@@ -7,7 +7,7 @@ import functools
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar, cast
 
-from persistence.coalescer import CALL, Call
+from persistence.coalescer import CALL, Call, Coalescer
 from persistence.errors import InvalidValueError, OutcomeUnknownError, UnavailableError
 from persistence.store import Store
 
@@ -42,7 +42,7 @@ def public(method: F) -> F:
         try:
             if kwargs.get("timeout") is None:
                 return await method(self, *args, **kwargs)
-            return await within(kwargs["timeout"], method(self, *args, **kwargs))
+            return await within(kwargs["timeout"], method(self, *args, **kwargs), coalescer)
         finally:
             coalescer.leave()
 
@@ -75,8 +75,11 @@ def public_change(method: F) -> F:
     return cast("F", call)
 
 
-async def within(timeout: float, work: Awaitable[T]) -> T:
-    """Await `work` for so many seconds; raise as `public` calls do when the time is up."""
+async def within(timeout: float, work: Awaitable[T], coalescer: Coalescer | None = None) -> T:
+    """Await `work` for so many seconds; raise as `public` calls do when the time is up.
+
+    What the driver raised meanwhile, which the coalescer knows, is told too.
+    """
     if not isinstance(timeout, int | float) or not timeout >= 0:
         if isinstance(work, Coroutine):
             work.close()
@@ -84,16 +87,19 @@ async def within(timeout: float, work: Awaitable[T]) -> T:
         raise InvalidValueError(message)
     call = CALL.get() or Call()
     token = CALL.set(call)
+    since = asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout(min(timeout, _FOR_EVER)) as limit:
             return await work
     except TimeoutError as error:
         if not limit.expired():
             raise
+        at, fault = coalescer.fault if coalescer is not None else (since, "")
+        why = f" ({fault})" if fault and at >= since else ""
         if call.sent:
-            message = f"no answer within {timeout} s: the change may have been made or not"
+            message = f"no answer within {timeout} s: the change may have been made or not{why}"
             raise OutcomeUnknownError(message, stored=call.stored) from error
-        message = f"no answer within {timeout} s; nothing was changed"
+        message = f"no answer within {timeout} s; nothing was changed{why}"
         raise UnavailableError(message, stored=call.stored) from error
     finally:
         CALL.reset(token)

@@ -231,7 +231,8 @@ class Checkpoints(Repository):
         first goes on. `max_checkpoints_per_thread`: when there are more, the
         oldest go, in the same Write; None keeps all. `expires_at`: when the
         whole thread goes; it stays as it was if none is given. `now`: the
-        checkpoint's time, by default the store's clock.
+        checkpoint's time, by default the store's clock. Both are in
+        milliseconds if they are numbers.
         """
         encode_id(thread_id, "thread_id")
         new = New(
@@ -354,7 +355,8 @@ class Checkpoints(Repository):
         `new_thread_id` the branch is a thread of its own, which shares nothing
         with its source: that costs a copy of this one state. Nothing goes for
         it, unless `max_checkpoints_per_thread` says so.
-        Raises `NotFoundError` if there is no such checkpoint.
+        Raises `NotFoundError` if there is no such checkpoint, `ConflictError`
+        if `new_thread_id` is in use.
         """
         source = await self.threads.find(thread_id, checkpoint_id)
         if source is None:
@@ -457,9 +459,10 @@ class Checkpoints(Repository):
     async def set_expiry(
         self, thread_id: str, expires_at: int | datetime | None, *, timeout: float | None = None
     ) -> None:
-        """Say when a thread is to go, or with None that it stays. From then on it is not there for anybody.
+        """Say when a thread is to go (in milliseconds if a number), or with None that it stays.
 
-        Its space is freed by `delete_expired` and by `repair`. Raises `NotFoundError`.
+        From then on it is not there for anybody. Its space is freed by
+        `delete_expired` and by `repair`. Raises `NotFoundError`.
         """
         if not await self.threads.expire(thread_id, _time(expires_at, "expires_at")):
             raise self._not_found(thread_id)

@@ -19,6 +19,7 @@ driver says that it was not applied, as when it cannot connect.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 from collections import deque
@@ -335,6 +336,7 @@ class Coalescer:
         self._reads: deque[tuple[Sequence[Key], asyncio.Future[list[Entry | None]]]] = deque()
         self._reader: asyncio.Task[None] | None = None  # while there is something to read
         self._scans = asyncio.Semaphore(_SCANS_AT_ONCE)
+        self.fault = -math.inf, ""  # when the driver failed last, and how: the error would keep its frames
         self._tasks: set[asyncio.Task[Any]] = set()
         self.loop = asyncio.get_running_loop()
         self._forks = _forks
@@ -538,6 +540,7 @@ class Coalescer:
             try:
                 return await call()
             except _TRANSIENT as error:
+                self._note(error)
                 if self.loop.time() >= deadline:
                     if isinstance(error, UnavailableError):
                         raise
@@ -545,6 +548,10 @@ class Coalescer:
                     raise UnavailableError(message) from error
             await backoff(attempt)
             attempt += 1
+
+    def _note(self, fault: BaseException) -> None:
+        shown = str(fault) if isinstance(fault, PersistenceError) else type(fault).__name__
+        self.fault = self.loop.time(), shown
 
     async def _run(self, call: Callable[[], Awaitable[T]]) -> T:
         """Persist in a task of its own, which the caller's cancellation does not reach."""
@@ -638,6 +645,7 @@ class Coalescer:
         try:
             outcomes = await self._send(batch)
         except Exception as error:  # every outcome is unknown, and settled below
+            self._note(error)
             cause = error
             outcomes = [None] * len(batch)
         except asyncio.CancelledError as error:
@@ -686,6 +694,7 @@ class Coalescer:
                     await self._probe([group for group in groups if not group.unapplied])
                     await self._send_again(lane, groups, cause)
                 except _TRANSIENT as error:
+                    self._note(error)
                     cause = error
                 groups = self._unsettled(lane, groups)
                 if not groups or self.loop.time() >= deadline:

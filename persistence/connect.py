@@ -200,7 +200,15 @@ def driver_from_url(url: str) -> Driver:
         message = f"no driver for {scheme}:// URLs is installed; there are {known}"
         raise ConfigurationError(message)
     try:
-        driver: Driver = point.load()(url)
+        make = point.load()
+    except (ImportError, AttributeError) as error:
+        message = f"the driver of {scheme}:// URLs, {point.value}, cannot be imported: {error}"
+        raise ConfigurationError(message) from error
+    if not callable(make):
+        message = f"the driver of {scheme}:// URLs, {point.value}, is no callable"
+        raise ConfigurationError(message)
+    try:
+        driver: Driver = make(url)
     except PersistenceError:
         raise
     except (TypeError, ValueError) as error:

@@ -49,8 +49,9 @@ class EncryptedDriver:
     """The driver `driver`, or the one that an URL names, its values encrypted.
 
     `keys` are 32 random bytes each (``secrets.token_bytes(32)``): the first
-    encrypts, all decrypt. To rotate, put a new one in front; values are
-    encrypted anew as they are written.
+    encrypts, all decrypt. To rotate, give all processes the old key and the
+    new one first, then the new one and the old. A value is encrypted anew when
+    it is written: keep the old key as long as anything written with it is there.
     """
 
     def __init__(self, driver: Driver | str, *keys: bytes) -> None:

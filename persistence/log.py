@@ -44,6 +44,7 @@ from persistence.store import Body, Chunks, MissingChunkError, Store, pack
 __all__ = [
     "APPEND_BYTES",
     "APPEND_ENTRIES",
+    "COPIED",
     "FORGET_SECONDS",
     "Item",
     "Log",
@@ -60,6 +61,8 @@ APPEND_ENTRIES: Final = 900
 _OVERHEAD_BYTES = 128  # key and object around a value
 APPEND_BYTES: Final = (3 << 20) + APPEND_ENTRIES * _OVERHEAD_BYTES
 """Bytes that one append can add atomically: 3 MiB of values, and what is around them."""
+COPIED: Final = "~/"
+"""How the `once` of an append begins that copies: that of a user, an encoded id, never does."""
 FORGET_SECONDS: Final = 600.0
 """How long a writer goes by a number that it remembers."""
 
@@ -808,6 +811,16 @@ class Log:
             deletes = [Delete(entry.key, entry.version) for entry, body in bodies if body.n < number]
             if deletes:
                 await self._store.coalescer.write(partition, deletes, hint=True)
+
+    async def copied(self, partition: str) -> int | None:
+        """Return when a copy added the last entry (ms); None if others added or hid some, or none did."""
+        tail = await self.tail(partition)
+        last = entries = 0
+        start = self._once + COPIED
+        async for page in self._pages(partition, start, prefix_end(start)):
+            for body in (self._unpack(partition, entry) for entry in page):
+                last, entries = max(last, body.at), entries + body.m
+        return last if entries and entries == tail.number else None
 
     async def chunk_ids(self, partition: str) -> set[str]:
         """Return the ids of all chunks that entries refer to. Reads the whole sequence, page by page."""

@@ -61,6 +61,8 @@ class RepairReport(msgspec.Struct, kw_only=True):
     """Parts of states that no checkpoint needs."""
     uploads_ended: int = 0
     """Puts of large states that were interrupted."""
+    forks_ended: int = 0
+    """Forks of sessions that had been interrupted more than an hour ago."""
     sessions_expired: int = 0
     """Sessions whose time had come."""
     threads_expired: int = 0
@@ -71,7 +73,10 @@ class RepairReport(msgspec.Struct, kw_only=True):
     """Deleted streams of which parts were left."""
     orphan_count: int = 0
     orphans: list[str] = msgspec.field(default_factory=list)
-    """Records whose container or image does not exist: named, and left as they are (1,000 at most)."""
+    """Records whose container or image does not exist: named, and left as they are (1,000 at most).
+
+    No fault where you do not save containers, or images, at all.
+    """
     corrupt_count: int = 0
     corrupt: list[str] = msgspec.field(default_factory=list)
     """What cannot be read: named, and left as it is (1,000 at most)."""
@@ -185,6 +190,16 @@ class Repair:
         elif loaded.record is not None:
             await self._listed(collection, loaded.record)
             await self._parents(partition, loaded.record)
+        elif collection.kind.name == "session":
+            await self._half_fork(partition)
+
+    async def _half_fork(self, partition: str) -> None:
+        """Hide the messages of a fork whose record never came. Its id stays used."""
+        copied = await self._sessions.log.copied(partition)
+        if copied is not None and copied < self._now - HINT_AGE_MS:
+            self.report.forks_ended += 1
+            if not self.dry_run:
+                await self._sessions.log.cut(partition, None)
 
     async def _tombstone(
         self, partition: str, collection: Collection[Any], body: RecordBody, version: int

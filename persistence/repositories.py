@@ -25,7 +25,7 @@ from persistence.errors import (
 )
 from persistence.ids import as_ms
 from persistence.keys import MAX_NUMBER, encode_id
-from persistence.log import APPEND_BYTES, APPEND_ENTRIES, Item, Log, Tail
+from persistence.log import APPEND_BYTES, APPEND_ENTRIES, COPIED, Item, Log, Tail
 from persistence.records import (
     ContainerRecord,
     ImageRecord,
@@ -149,7 +149,8 @@ class Sessions(Repository):
 
         With `expires_at` (milliseconds) the session goes at that time: from
         then on it is not found or listed, and to save it starts it anew. Its
-        messages go with the next `delete_expired` or `repair`.
+        messages go with the next `delete_expired` or `repair`; until then they
+        are still read, and what is added to them is accepted and goes with them.
         """
         return await self._save(record, expected_version)
 
@@ -238,7 +239,8 @@ class Sessions(Repository):
     ) -> SessionRecord:
         """Say when a session is to go (in milliseconds if a number), or with None that it stays.
 
-        Returns its record. Raises `NotFoundError` if there is no such session.
+        Returns its record; what that means, `save_session` says. Raises
+        `NotFoundError` if there is no such session.
         """
         at = None if expires_at is None else as_ms(expires_at, "expires_at")
 
@@ -271,8 +273,10 @@ class Sessions(Repository):
 
         The copy numbers its messages from 1, names its source, and does not
         depend on it. Its record comes last: without it, the fork did not
-        happen. Raises `NotFoundError` without a source, `ConflictError` if
-        `new_session_id` was used before, or the source truncated meanwhile.
+        happen; what was copied until it was interrupted, `repair` removes after
+        an hour. Raises `NotFoundError` without a source, `ConflictError` if
+        `new_session_id` was used before, be it by a fork that was interrupted,
+        or if the source was truncated meanwhile.
         """
         return await self._fork(session_id, new_session_id, through, image_id, container_id)
 
@@ -292,8 +296,10 @@ class Sessions(Repository):
 
         The session need not have been saved, but a deleted one refuses
         (`NotFoundError`). A second call with the same `idempotency_key` adds
-        nothing and returns the first number. `expected_last` is the number of
-        the last visible message, 0 for none; `ConflictError` if it is another.
+        nothing and returns the first number, even if that message was truncated
+        since: an answer that is made anew needs a new key. `expected_last` is
+        the number of the last visible message, 0 for none; `ConflictError` if
+        it is another.
         """
         partition = SESSIONS.partition(session_id)
         once = None if idempotency_key is None else encode_id(idempotency_key, "idempotency_key")
@@ -551,6 +557,7 @@ class Sessions(Repository):
             message = f"session {session_id!r:.80} was deleted"
             raise NotFoundError(message, partition=origin)
         last = begun.number if through is None else min(_number(through) or 0, begun.number)
+        once = COPIED + self._store.ids()  # tells `repair` what a fork that was killed has left
         above = copied = 0
         try:
             while above < last:
@@ -561,7 +568,7 @@ class Sessions(Repository):
                 if not page:
                     break
                 for batch in _batches([await self._item(partition, item.value, item.at) for item in page]):
-                    await self.log.append(partition, batch, expected_last=copied)
+                    await self.log.append(partition, batch, once=f"{once}/{copied}", expected_last=copied)
                     copied += len(batch)
                 above = page[-1].number
         except ConflictError:  # what others append there stays
@@ -1109,7 +1116,7 @@ def _number(value: int | None) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
-        message = f"{value!r} is no number of a message: use a whole number from 0 on"
+        message = f"{value!r} is no number or count of messages: use a whole number from 0 on"
         raise InvalidValueError(message)
     return value
 

@@ -619,7 +619,11 @@ class Threads(ThreadReader):
         was, expected = await self.stored_head(target)
         if was is not None:
             if self.alive(was, now):
-                message = f"there is a thread {thread_id!r} already"
+                message = (
+                    f"there is a thread {thread_id!r} already"
+                    if was.holds_any()
+                    else f"a copy to thread {thread_id!r} was begun: if it was interrupted, delete the thread"
+                )
                 raise ConflictError(message, partition=target)
             # Its numbers may still be known to readers, unless nothing ever came of it.
             if was.o or was.dr or was.sw:

@@ -511,6 +511,30 @@ async def test_a_read_that_takes_too_long_is_unavailable(p: Persistence, driver:
             await call
 
 
+async def test_a_timeout_tells_what_the_driver_raised_meanwhile(
+    p: Persistence, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def down(*args: object, **options: object) -> Any:
+        raise UnavailableError("connection refused")
+
+    for name in ("get", "scan", "commit"):
+        monkeypatch.setattr(driver, name, down)
+    for call in (
+        p.images.find_image_by_id("i", timeout=0.05),
+        p.sessions.get_messages("s", timeout=0.05),
+        p.images.save_image(image(1), timeout=0.05),
+        p.streams.append("a", 0, {}, timeout=0.05),
+    ):
+        with pytest.raises(
+            (UnavailableError, OutcomeUnknownError), match=r"no answer .*\(connection refused\)"
+        ):
+            await call
+    monkeypatch.undo()
+    driver.gate.clear()
+    with pytest.raises(UnavailableError, match=r"nothing was changed$"):  # that was before this call
+        await p.images.find_image_by_id("i", timeout=0.01)
+
+
 async def test_a_write_that_was_sent_and_takes_too_long_is_unknown(
     p: Persistence, driver: RecordingDriver
 ) -> None:

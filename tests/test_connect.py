@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from persistence import (
     memory_driver,
     sqlite_driver,
 )
+from persistence.connect import driver_from_url
 from persistence.drivers.memory import MemoryDriver
 
 HIDE_MODULE = """
@@ -205,6 +207,23 @@ asyncio.run(main())
 """
     result = run(tmp_path, script, path=tmp_path / "site")
     assert result.stdout == "tiny://host/x?y=1\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("no_such_module:from_url", "cannot be imported: .*no_such_module"),
+        ("os:no_such_function", "cannot be imported: .*no_such_function"),
+        ("os", "is no callable"),
+    ],
+)
+def test_a_third_partys_driver_that_cannot_be_imported_is_named(
+    monkeypatch: pytest.MonkeyPatch, value: str, fault: str
+) -> None:
+    point = EntryPoint("tiny", value, "persistence.drivers")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point])
+    with pytest.raises(ConfigurationError, match=f"tiny:// URLs, {value}, {fault}"):
+        driver_from_url("tiny://x")
 
 
 def test_what_was_forgotten_to_be_awaited_is_told() -> None:

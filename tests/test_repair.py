@@ -133,6 +133,26 @@ async def test_expired_sessions_go(timed: Persistence, clock: Clock) -> None:
     assert await keys(timed, "session/s") == ["message/000000000001", "message/000000000002", "record"]
 
 
+async def test_what_a_fork_leaves_that_was_killed_goes_after_an_hour(
+    timed: Persistence, clock: Clock
+) -> None:
+    await timed.sessions.save_session(SessionRecord(session_id="s", image_id="i", container_id="c"))
+    await timed.sessions.add_messages("s", [{"n": n} for n in range(5)])
+    await timed.sessions.fork_session("s", new_session_id="whole")
+    for id in ("half", "used"):
+        await timed.sessions._copy("s", id, None)  # and then it was killed
+    await timed.sessions.add_message("used", {"precious": 1})
+    await timed.sessions.add_message("never saved", {"n": 1}, idempotency_key="~")
+    clock.now += HOUR
+    assert (await timed.repair()).forks_ended == 0
+    clock.now += 1
+    assert (await timed.repair(dry_run=True)).forks_ended == 1
+    assert (await timed.repair()).forks_ended == 1
+    assert (await timed.repair()).forks_ended == 0
+    counts = [await timed.sessions.count_messages(id) for id in ("half", "used", "whole", "never saved")]
+    assert counts == [0, 6, 5, 1]
+
+
 async def test_unreferenced_chunks_go_after_an_hour(timed: Persistence, clock: Clock) -> None:
     long = {"text": "x" * 2_500_000}
     await timed.containers.save_container(ContainerRecord(container_id="c"))
