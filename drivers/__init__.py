@@ -1,4 +1,7 @@
-"""The drivers, one file each. A driver's client library is imported with its file, not before."""
+"""The drivers, one file each. A driver's client library is imported with its file, not before.
+
+A module that begins with ``_`` is the lower half of one, and not imported by anything else.
+"""
 
 from __future__ import annotations
 

@@ -1,21 +1,15 @@
 """Each partition is one append-only file of JSON lines, on a local disk, under POSIX.
 
     <path>/<namespace>/3f/session_abc-3f9c….jsonl
-    {"sum":"5be1a0c3","format":1,"partition":"session/abc","id":"8d0c…"}
-    {"sum":"90d1c2aa","version":77,"put":{"head":{"count":1}},"put64":{"blob":"AAE="},"delete":["old"]}
 
-A line is one `Write`, appended by one write(2) and sealed by a CRC-32 of all
-that follows it, so a Write is there whole or not at all. JSON values stand as
-they are, others in base64. What a crash can leave at the end, a line without
-its newline or with zeros for data, is skipped by readers and cut off by the
-next writer; any other line that does not match its sum is corruption.
+`_filesystem_log` has what is in a file, and the index of it that is kept in
+memory; here is who opens, locks, syncs and forgets it.
 
-Writers hold flock(2) on the file; readers hold nothing. They keep an index
-(key → version and place of the value in the file, never the value itself) and
-read on from where they stopped when fstat(2) shows that the file has grown. A
-file whose greater half is garbage is written anew and takes the old one's
-place, a file without entries is removed: the old one then has no link left
-(so make no hard links to these files), and whoever has it open looks again.
+Writers hold flock(2) on the file; readers hold nothing, and read on from where
+they stopped when fstat(2) shows that the file has grown. A file whose greater
+half is garbage is written anew and takes the old one's place, a file without
+entries is removed: the old one then has no link left (so make no hard links to
+these files), and whoever has it open looks again.
 
 What may surprise: the first use of a partition reads its whole file, and its
 keys must fit in memory. A reader in another process may see a Write a moment
@@ -30,11 +24,7 @@ import errno
 import logging
 import os
 import re
-import sys
-import threading
 import time
-import zlib
-from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,199 +32,36 @@ from contextlib import suppress
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypeVar, TypeVarTuple
+from typing import NamedTuple, TypeVar, TypeVarTuple
 from urllib.parse import unquote
 
-import msgspec
-from sortedcontainers import SortedList
-
-from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Op, Page, Put, Write
-from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
+from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
+from persistence.drivers._filesystem_log import NOWAIT, Log, Puts, partition_of, sync_folder
+from persistence.errors import ConfigurationError, PersistenceError, UnavailableError
 from persistence.options import Durability, check_durability, check_namespace, flag, split_url
-
-try:
-    import fcntl
-except ImportError as error:
-    raise ConfigurationError("the filesystem driver needs a POSIX system: it locks with flock(2)") from error
 
 __all__ = ["FilesystemDriver", "filesystem_driver", "from_url"]
 
 _BATCH = 64  # files locked at once
 _OPEN_FILES = 256
 _INDEX_BYTES = 64 << 20  # all indexes together, unless one alone is larger
-_LOG_BYTES, _ENTRY_BYTES, _LINE_BYTES = 1500, 350, 65  # an index, one more key in it; a line around its value
-_COMPACT_BYTES = 128 << 10  # smaller files are not compacted
-_READ_BYTES = 1 << 20
 _PURGE_KEYS = 5_000
 _SYNC_THREADS = 16
 _LOCK_SECONDS = 10.0
-_NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk
 
 _logger = logging.getLogger("persistence.filesystem")
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
 
-class _Place(NamedTuple):
-    version: int
-    offset: int
-    length: int
-    coded: bool
-
-
-_Puts: TypeAlias = "list[tuple[str, _Place]]"
-
-
 class _Staged(NamedTuple):
     """A Write that stands in its locked file, or has removed it (`size` 0), and is not acknowledged yet."""
 
     number: int
-    log: _Log
-    puts: _Puts
+    log: Log
+    puts: Puts
     deletes: list[str]
     size: int
-
-
-class _Header(msgspec.Struct):
-    format: int
-    partition: str
-    id: str
-
-
-class _Line(msgspec.Struct):
-    version: int
-    put: dict[str, msgspec.Raw] = {}
-    put64: dict[str, msgspec.Raw] = {}
-    delete: list[str] = []
-
-
-_decode_any = msgspec.json.Decoder(msgspec.Raw).decode
-_decode_header = msgspec.json.Decoder(_Header).decode
-_decode_line = msgspec.json.Decoder(_Line).decode
-_encode = msgspec.json.Encoder().encode
-
-
-class _BadLineError(Exception):
-    """A line that does not match its sum."""
-
-
-class _Log:
-    """What is known of one partition's file. The worker thread changes it, the loop's thread may look.
-
-    `lock` guards `fd` and the index. While `writing` is set this driver holds
-    the file's flock and the index is all that was ever acknowledged.
-    """
-
-    __slots__ = (
-        *("counted", "end", "entries", "fd", "floor", "header", "key_bytes", "keys", "lock"),
-        *("partition", "path", "settled", "used", "value_bytes", "writing"),
-    )
-
-    def __init__(self, partition: str, path: Path) -> None:
-        self.partition = partition
-        self.path = path
-        self.lock = threading.Lock()
-        self.fd = -1
-        self.used = False  # since the last look for something to forget
-        self.counted = 0  # bytes of the index in the driver's total
-        self.clear()
-
-    def clear(self) -> None:
-        self.header = b""
-        self.end = 0  # of the lines that are in the index
-        self.entries: dict[str, _Place] = {}
-        self.keys: SortedList[str] | None = None  # made by the first scan
-        self.key_bytes = self.value_bytes = 0
-        self.floor = _COMPACT_BYTES
-        self.settled = False  # the folder was synced since this file came to be
-        self.writing = False
-
-    def close(self) -> None:
-        with self.lock:
-            if self.fd >= 0:
-                os.close(self.fd)  # gives up the flock too
-                self.fd = -1
-
-    def is_current(self) -> bool:
-        if self.fd < 0:
-            return False
-        status = os.fstat(self.fd)
-        # Nobody else appends to a file that this driver holds, but without a link it has a successor.
-        return (self.writing or status.st_size == self.end) and status.st_nlink > 0
-
-    def sorted_keys(self) -> SortedList[str]:
-        if self.keys is None:
-            self.keys = SortedList(self.entries)
-        return self.keys
-
-    def read(self, key: str, *, now: bool) -> Entry | None:
-        """Return the entry of `key`; with `now`, raise OSError rather than wait for the disk."""
-        place = self.entries.get(key)
-        if place is None:
-            return None
-        version, offset, length, coded = place
-        if now:
-            buffer = bytearray(length)
-            if os.preadv(self.fd, [buffer], offset, _NOWAIT) < length:
-                raise BlockingIOError
-            value = bytes(buffer)
-        elif len(value := os.pread(self.fd, length, offset)) < length:
-            raise CorruptRecordError(f"{self.path.name} ends too early", partition=self.partition, key=key)
-        return Entry(key, b64decode(value) if coded else value, version)
-
-    def replay(self) -> None:
-        """Take in the lines after `end`, up to what looks like a torn tail."""
-        tail = b""
-        while True:
-            block = os.pread(self.fd, _READ_BYTES, self.end + len(tail))
-            *lines, tail = (tail + block).split(b"\n")
-            for number, line in enumerate(lines, 1):
-                try:
-                    if self.end:
-                        change = _checked(line, _decode_line)
-                        self.apply(_places(change, self.end), change.delete)
-                    else:
-                        self.take_header(line)
-                except _BadLineError:
-                    # A power cut may leave zeros where data were not yet written, at the very end.
-                    last = number == len(lines) and not tail and len(block) < _READ_BYTES
-                    if b"\0" in line and last:
-                        return
-                    raise
-                self.end += len(line) + 1
-            if len(block) < _READ_BYTES:
-                return
-
-    def take_header(self, line: bytes) -> None:
-        if (named := _parse_header(line, self.path).partition) != self.partition:
-            message = f"{self.path.name} holds another partition, {named!r}"
-            raise CorruptRecordError(message, partition=self.partition)
-        self.header = line
-
-    def apply(self, puts: _Puts, deletes: list[str]) -> None:
-        for key in deletes:
-            if (place := self.entries.pop(key, None)) is not None:
-                self.value_bytes -= place.length
-                self.key_bytes -= len(key)
-                if self.keys is not None:
-                    self.keys.remove(key)
-        for key, place in puts:
-            if (old := self.entries.get(key)) is not None:
-                self.value_bytes -= old.length
-            else:
-                self.key_bytes += len(key)
-                if self.keys is not None:
-                    self.keys.add(key)
-            self.value_bytes += place.length
-            self.entries[key] = place
-
-    @property
-    def weight(self) -> int:
-        return _LOG_BYTES + len(self.entries) * _ENTRY_BYTES + self.key_bytes
-
-    def wastes_more_than(self, floor: int) -> bool:
-        live = self.value_bytes + self.key_bytes + len(self.entries) * _LINE_BYTES
-        return self.end > max(2 * live, floor)
 
 
 class FilesystemDriver:
@@ -259,8 +86,8 @@ class FilesystemDriver:
         self._worker: ThreadPoolExecutor | None = None
         self._syncers: ThreadPoolExecutor | None = None
         # Only the worker changes these; the oldest is first.
-        self._logs: OrderedDict[str, _Log] = OrderedDict()
-        self._opened: OrderedDict[_Log, None] = OrderedDict()
+        self._logs: OrderedDict[str, Log] = OrderedDict()
+        self._opened: OrderedDict[Log, None] = OrderedDict()
         self._open_files = _OPEN_FILES
         self._index_bytes = 0
         self._made: set[Path] = set()
@@ -335,7 +162,7 @@ class FilesystemDriver:
             raise ConfigurationError(f"{self._folder} is not a folder")
         if self._power:
             for folder in {self._path, *(folder.parent for folder in missing)}:
-                _sync_folder(folder)
+                sync_folder(folder)
 
     def _get(self, keys: Sequence[Key], now: bool = False) -> list[Entry | None]:
         found: list[Entry | None] = [None] * len(keys)
@@ -375,11 +202,11 @@ class FilesystemDriver:
         finally:
             log.lock.release()
 
-    def _look(self, partition: str, now: bool) -> _Log | None:
+    def _look(self, partition: str, now: bool) -> Log | None:
         """Return the up-to-date log, its lock taken, or None where there is no file."""
         if now:
             log = self._logs.get(partition)
-            if not _NOWAIT or log is None or not log.lock.acquire(blocking=False):
+            if not NOWAIT or log is None or not log.lock.acquire(blocking=False):
                 raise BlockingIOError
             if not log.is_current():
                 log.lock.release()
@@ -393,7 +220,7 @@ class FilesystemDriver:
         if not log.is_current():
             if (log.fd < 0 or not os.fstat(log.fd).st_nlink) and not self._open_file(log):
                 return None
-            self._refresh(log, os.fstat(log.fd).st_size)
+            log.refresh(os.fstat(log.fd).st_size)
             self._count(log)
         log.lock.acquire()
         return log
@@ -437,16 +264,16 @@ class FilesystemDriver:
         if write.partition in self._unsafe:
             self._mend(log, before_waiting)
         size = self._lock(log, before_waiting)
-        if size is None:
-            if not all(_holds(op, {}) for op in write.ops):
+        if size is None:  # no file: the index is empty
+            if not log.holds(write.ops):
                 return False
             if not any(isinstance(op, Put) for op in write.ops):
                 return True
             size = self._lock(log, before_waiting, create=True) or 0
         done = False
         try:
-            self._refresh(log, size, repair=True)
-            if not all(_holds(op, log.entries) for op in write.ops):
+            log.make_ready(size, power=self._power)
+            if not log.holds(write.ops):
                 return False
             puts = [(op.key, op.value) for op in write.ops if isinstance(op, Put)]
             deletes = [op.key for op in write.ops if isinstance(op, Delete) and op.key in log.entries]
@@ -454,15 +281,12 @@ class FilesystemDriver:
                 return True
             if not puts and len(deletes) == len(log.entries):
                 log.writing = True
-                _unlink(log.path)
+                log.unlink()
                 done = True
                 return _Staged(number, log, [], deletes, 0)
-            line = _line(write.version, puts, deletes)
-            places = _places(_decode_line(line), log.end)
-            log.writing = True
-            self._append(log, line)
+            places, size = log.append(write.version, puts, deletes)
             done = True
-            return _Staged(number, log, places, deletes, len(line))
+            return _Staged(number, log, places, deletes, size)
         finally:
             if not done:
                 log.writing = False
@@ -485,7 +309,7 @@ class FilesystemDriver:
                 log.end += item.size
                 log.writing = False
             self._unlock(log)
-            if log.wastes_more_than(log.floor) and self._worker is not None:
+            if log.is_mostly_garbage() and self._worker is not None:
                 log.floor = 2 * log.end  # not again before it has doubled, should this fail
                 self._worker.submit(self._compact, log.partition)
 
@@ -503,19 +327,19 @@ class FilesystemDriver:
         """
         try:
             if item.size:
-                self._rewrite(item.log)
+                item.log.rewrite()
         except OSError as error:
             self._unsafe.add(item.log.partition)
             _logger.warning("%s: sync failed, and so did the repair: %s", item.log.path, error)
         finally:
             self._forget(item.log)
 
-    def _mend(self, log: _Log, before_waiting: Callable[[], None] | None = None) -> None:
+    def _mend(self, log: Log, before_waiting: Callable[[], None] | None = None) -> None:
         """Write the file anew, with all its lines, before anybody is told what they say."""
         if (size := self._lock(log, before_waiting)) is not None:
             try:
-                self._refresh(log, size, repair=True)
-                self._rewrite(log)
+                log.make_ready(size, power=self._power)
+                log.rewrite()
             finally:
                 self._forget(log)
         self._unsafe.discard(log.partition)
@@ -535,9 +359,9 @@ class FilesystemDriver:
         if self._lock(log) is None:
             return
         try:
-            _unlink(log.path)
+            log.unlink()
             if self._power:
-                _sync_folder(log.path.parent)
+                sync_folder(log.path.parent)
         finally:
             self._forget(log)
 
@@ -557,7 +381,7 @@ class FilesystemDriver:
             for name in sorted(found_names):
                 if not name.endswith(".jsonl") or (folder == after_folder and name <= after_name):
                     continue
-                partition = _partition_of(self._folder / folder / name)
+                partition = partition_of(self._folder / folder / name)
                 if partition is not None:
                     found.append(partition)
                     if len(found) == limit:
@@ -571,54 +395,23 @@ class FilesystemDriver:
             if size is None:
                 return
             try:
-                with log.lock:  # read all of it anew: what is damaged must not get a good sum
-                    floor = log.floor
-                    log.clear()
-                    log.floor = floor
-                self._refresh(log, size, repair=True)
-                if log.wastes_more_than(_COMPACT_BYTES):  # no other process was faster
-                    self._rewrite(log)
+                log.compact(size, power=self._power)
             finally:
                 self._unlock(log)
         except (OSError, PersistenceError) as error:
             _logger.warning("%s was not compacted: %s", log.path, error)
 
-    def _rewrite(self, log: _Log) -> None:
-        """Put a file with what the index holds, and nothing else, in the place of the locked one."""
-        if not log.entries:
-            _unlink(log.path)
-            _sync_folder(log.path.parent)
-            return
-        log.writing = True
-        aside = log.path.with_suffix(".new")  # nobody else's: it is written under the lock
-        try:
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(_header(log.partition))
-                for key in log.entries:
-                    entry = log.read(key, now=False)
-                    if entry is not None:
-                        file.write(_line(entry.version, [(key, entry.value)], []))
-                file.flush()
-                _sync_file(file.fileno())
-            os.replace(aside, log.path)
-        except BaseException:
-            aside.unlink(missing_ok=True)  # only here: once replaced, the name is the next writer's
-            raise
-        finally:
-            log.writing = False
-        _sync_folder(log.path.parent)
-
-    def _log(self, partition: str) -> _Log:
+    def _log(self, partition: str) -> Log:
         log = self._logs.get(partition)
         if log is None:
             digest = sha256(partition.encode()).hexdigest()
             # Readable, yet no two names meet, not even where A is a; the true name stands in the header.
             readable = re.sub("[^a-z0-9]+", "_", partition.lower())[:60]
-            return _Log(partition, self._folder / digest[:2] / f"{readable}-{digest[:32]}.jsonl")
+            return Log(partition, self._folder / digest[:2] / f"{readable}-{digest[:32]}.jsonl")
         log.used = True
         return log
 
-    def _open_file(self, log: _Log, *, create: bool = False) -> bool:
+    def _open_file(self, log: Log, *, create: bool = False) -> bool:
         """Open what the path names now, if anything; an index of another file is dropped."""
         log.close()
         folder = log.path.parent
@@ -626,7 +419,7 @@ class FilesystemDriver:
             with suppress(FileExistsError):
                 folder.mkdir(0o700)
             if self._power:
-                _sync_folder(self._folder)
+                sync_folder(self._folder)
             self._made.add(folder)
         flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
@@ -636,16 +429,7 @@ class FilesystemDriver:
             if create:
                 raise
             return False
-        with log.lock:
-            header = log.header
-            try:
-                same = bool(header) and os.pread(fd, len(header), 0) == header
-            except OSError:
-                os.close(fd)
-                raise
-            if not same:
-                log.clear()
-            log.fd = fd
+        log.take(fd)
         self._logs[log.partition] = log
         self._opened[log] = None
         return True
@@ -662,7 +446,7 @@ class FilesystemDriver:
         return os.open(path, flags, 0o600)
 
     def _lock(
-        self, log: _Log, before_waiting: Callable[[], None] | None = None, *, create: bool = False
+        self, log: Log, before_waiting: Callable[[], None] | None = None, *, create: bool = False
     ) -> int | None:
         """Take the writers' lock of the file that the path names, return its size; None where there is none.
 
@@ -670,16 +454,14 @@ class FilesystemDriver:
         """
         deadline = 0.0
         while log.fd >= 0 or self._open_file(log, create=create):
-            try:
-                fcntl.flock(log.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not log.try_lock():
                 if not deadline:
                     deadline = time.monotonic() + _LOCK_SECONDS
                     if before_waiting is not None:
                         before_waiting()
                 elif time.monotonic() > deadline:
                     message = f"another process has locked {log.path} for {_LOCK_SECONDS:.0f} s"
-                    raise UnavailableError(message, partition=log.partition) from None
+                    raise UnavailableError(message, partition=log.partition)
                 time.sleep(0.0005)
                 continue
             status = os.fstat(log.fd)
@@ -688,48 +470,12 @@ class FilesystemDriver:
             log.close()
         return None
 
-    def _unlock(self, log: _Log) -> None:
+    def _unlock(self, log: Log) -> None:
         if log.fd >= 0:
-            fcntl.flock(log.fd, fcntl.LOCK_UN)
+            log.unlock()
             self._count(log)
 
-    def _refresh(self, log: _Log, size: int, *, repair: bool = False) -> None:
-        """Read what was appended. `repair`, under the lock, makes the file end where its good lines end."""
-        if size != log.end:
-            with log.lock:
-                try:
-                    log.replay()
-                except _BadLineError:
-                    self._reread(log)
-        if not repair:
-            return
-        if size > log.end:
-            os.ftruncate(log.fd, log.end)
-            if self._power:  # or the next line could come to stand on the remains of this one
-                _sync_file(log.fd)
-        if not log.end:
-            header = _header(log.partition)
-            self._append(log, header)
-            log.take_header(header[:-1])
-            log.end = len(header)
-
-    def _reread(self, log: _Log) -> None:
-        """Tell corruption from a tail that a writer cut off and wrote over while it was being read."""
-        try:
-            log.replay()
-        except _BadLineError:
-            message = f"{log.path} is damaged at byte {log.end}"
-            raise CorruptRecordError(message, partition=log.partition) from None
-
-    def _append(self, log: _Log, line: bytes) -> None:
-        try:
-            if os.write(log.fd, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            os.ftruncate(log.fd, log.end)
-            raise
-
-    def _count(self, log: _Log) -> None:
+    def _count(self, log: Log) -> None:
         if log.partition in self._logs:
             self._index_bytes += log.weight - log.counted
             log.counted = log.weight
@@ -755,7 +501,7 @@ class FilesystemDriver:
             else:
                 self._forget(log)
 
-    def _forget(self, log: _Log) -> None:
+    def _forget(self, log: Log) -> None:
         if self._logs.get(log.partition) is log:
             del self._logs[log.partition]
             self._index_bytes -= log.counted
@@ -788,140 +534,9 @@ def _folder_name(namespace: str) -> str:
     return lowered if lowered == namespace else f"{lowered}.{sha256(namespace.encode()).hexdigest()[:16]}"
 
 
-def _partition_of(path: Path) -> str | None:
-    """Return the partition of a file; None where that is gone, or its first Write was never completed."""
-    again = False
-    while True:
-        try:
-            with open(path, "rb") as file:
-                header, first = file.readline(), file.readline()
-        except FileNotFoundError:
-            return None
-        if not header or not first.endswith(b"\n"):
-            return None
-        try:
-            return _parse_header(header[:-1], path).partition
-        except _BadLineError:
-            if again:
-                raise CorruptRecordError(f"{path} is damaged at byte 0") from None
-            again = True  # it may have grown, or been cut off and written over, between the two reads
-
-
-def _sealed(body: bytes) -> bytes:
-    rest = b'",%b}' % body
-    return b'{"sum":"%08x%b\n' % (zlib.crc32(rest), rest)
-
-
-def _header(partition: str) -> bytes:
-    body = b'"format":1,"partition":%b,"id":"%b"' % (_encode(partition), os.urandom(8).hex().encode())
-    return _sealed(body)
-
-
-def _line(version: int, puts: Iterable[tuple[str, bytes]], deletes: list[str]) -> bytes:
-    plain: list[bytes] = []
-    coded: list[bytes] = []
-    for key, value in puts:
-        if _is_plain_json(value):
-            plain.append(b"%b:%b" % (_encode(key), value))
-        else:
-            coded.append(b'%b:"%b"' % (_encode(key), b64encode(value)))
-    parts = [b'"version":%d' % version]
-    if plain:
-        parts.append(b'"put":{%b}' % b",".join(plain))
-    if coded:
-        parts.append(b'"put64":{%b}' % b",".join(coded))
-    if deletes:
-        parts.append(b'"delete":%b' % _encode(deletes))
-    return _sealed(b",".join(parts))
-
-
-def _is_plain_json(value: bytes) -> bool:
-    """Whether a line can carry the value as it is, and give it back byte for byte."""
-    if b"\n" in value:
-        return False
-    try:
-        value.decode()
-        if bytes(_decode_any(value)) != value:  # spaces around it
-            return False
-        # Unlike count(), replace() skips from hit to hit, and stops.
-        if 2 * len(value) - len(value.replace(b"[", b"", 64)) - len(value.replace(b"{", b"", 64)) >= 64:
-            _decode_any(b"[" * 64 + value + b"]" * 64)  # nested so deep that a line could not be parsed?
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _parse_header(line: bytes, path: Path) -> _Header:
-    header = _checked(line, _decode_header)
-    if header.format != 1:
-        message = f"{path} has format {header.format}, made by a later release"
-        raise CorruptRecordError(message, partition=header.partition)
-    return header
-
-
-def _places(line: _Line, offset: int) -> _Puts:
-    """Return where a line at `offset` has its values; they can be counted, for lines have one form only."""
-    version = line.version
-    offset += len(b'{"sum":"12345678","version":%d' % version)
-    puts: _Puts = []
-    for name, values, quotes in ((b"put", line.put, 0), (b"put64", line.put64, 1)):
-        if values:
-            offset += len(name) + len(b',"":{')
-        for key, raw in values.items():
-            offset += len(_encode(key)) + len(b":")
-            length = len(memoryview(raw))
-            place = _Place(version, offset + quotes, length - 2 * quotes, bool(quotes))
-            puts.append((key, place))
-            offset += length + len(b",")  # or the bracket at the end
-    return puts
-
-
-def _checked(line: bytes, decode: Callable[[bytes], _T]) -> _T:
-    if line[:8] != b'{"sum":"' or line[8:16] != b"%08x" % zlib.crc32(line[16:]):
-        raise _BadLineError
-    try:
-        return decode(line)
-    except msgspec.DecodeError as error:
-        raise _BadLineError from error
-
-
 def _sync(item: _Staged) -> OSError | None:
-    """Make a staged Write safe from a power cut, and the file's name too where nobody may have done so."""
-    log = item.log
     try:
-        if item.size:
-            _sync_file(log.fd)
-        if not item.size or not log.settled:
-            _sync_folder(log.path.parent)
-            log.settled = True
+        item.log.sync(removed=not item.size)
     except OSError as error:
         return error
     return None
-
-
-def _unlink(path: Path) -> None:
-    """Remove a locked file, and what a compaction that was killed has left beside it."""
-    path.with_suffix(".new").unlink(missing_ok=True)  # first: once the file is gone, the name is another's
-    os.unlink(path)
-
-
-def _sync_file(fd: int) -> None:
-    if sys.platform == "darwin":
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync alone leaves the data in the disk's cache
-    else:
-        os.fdatasync(fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _holds(op: Op, entries: dict[str, _Place]) -> bool:
-    if op.expect is None:
-        return True
-    place = entries.get(op.key)
-    return op.expect == (ABSENT if place is None else place.version)

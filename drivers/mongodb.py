@@ -57,14 +57,7 @@ try:
     import pymongo
     from bson.codec_options import CodecOptions
     from bson.int64 import Int64
-    from pymongo import (
-        AsyncMongoClient,
-        DeleteOne,
-        ReadPreference,
-        UpdateOne,
-        WriteConcern,
-        errors,
-    )
+    from pymongo import AsyncMongoClient, DeleteOne, ReadPreference, UpdateOne, WriteConcern, errors
     from pymongo.asynchronous.client_session import AsyncClientSession
     from pymongo.asynchronous.collection import AsyncCollection
     from pymongo.driver_info import DriverInfo

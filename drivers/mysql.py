@@ -33,12 +33,7 @@ from urllib.parse import parse_qsl, unquote
 from weakref import WeakSet
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Op, Page, Put, Write
-from persistence.errors import (
-    ConfigurationError,
-    CorruptRecordError,
-    PersistenceError,
-    UnavailableError,
-)
+from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
 from persistence.options import (
     Durability,
     check_durability,

@@ -28,12 +28,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
-from persistence.errors import (
-    ConfigurationError,
-    CorruptRecordError,
-    PersistenceError,
-    UnavailableError,
-)
+from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
 from persistence.options import (
     Durability,
     check_durability,
@@ -191,6 +186,12 @@ _LAST_KEY = "\x7f"
 _PURGE_STEP = 250
 _LONGEST_PAUSE = 0.1  # seconds between two tries
 _GRACE = 1.0  # seconds after which the server should have ended a statement by itself
+_FAILURES = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what asyncpg makes of a connection that is lost at a bad moment
+    OSError,
+)
 _RETRIED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.DivisionByZeroError)
 _DOWN = (
     asyncpg.PostgresConnectionError,
@@ -412,9 +413,8 @@ class PostgreSQLDriver:
     async def scan(
         self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
     ) -> Page:
-        bounds = start.encode(), (_LAST_KEY if end is None else end).encode()
         statement = self._scan_back if reverse else self._scan
-        rows = await self._fetch(statement, self._name(partition), *bounds, limit + 1)
+        rows = await self._fetch(statement, self._name(partition), start.encode(), _end(end), limit + 1)
         more = bool(rows) and (len(rows) > limit or rows[-1][1] is None)
         if more:
             rows.pop()
@@ -446,11 +446,7 @@ class PostgreSQLDriver:
         return outcomes
 
     async def purge(self, partition: str, start: str, end: str | None) -> None:
-        name, first, last = (
-            self._name(partition),
-            start.encode(),
-            (_LAST_KEY if end is None else end).encode(),
-        )
+        name, first, last = self._name(partition), start.encode(), _end(end)
         # Each step starts where the one before ended: what that deleted is still in the index for a while.
         while rows := await self._fetch(self._purge, name, first, last, _PURGE_STEP):
             first = rows[0]["k"]
@@ -534,13 +530,7 @@ class PostgreSQLDriver:
                     raise
                 finally:
                     await pool.release(connection)
-            # InternalClientError: what asyncpg makes of a connection that is lost at a bad moment.
-            except (
-                asyncpg.PostgresError,
-                asyncpg.InterfaceError,
-                asyncpg.InternalClientError,
-                OSError,
-            ) as error:
+            except _FAILURES as error:
                 late = asyncio.get_running_loop().time() > deadline
                 if late or not isinstance(error, _RETRIED):
                     undone = connection is None or isinstance(error, _RETRIED)
@@ -650,6 +640,10 @@ def from_url(url: str) -> PostgreSQLDriver:
     """Return the driver of ``postgresql://user:password@host/database?table=…&namespace=…``."""
     split = split_url(url, _OPTIONS, others=True)
     return PostgreSQLDriver(split.url, **split.options)
+
+
+def _end(end: str | None) -> bytes:
+    return (_LAST_KEY if end is None else end).encode()
 
 
 def _lone_create(write: Write) -> Put | None:

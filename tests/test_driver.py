@@ -49,7 +49,7 @@ class TestSharedDriver(SharedDriverConformance):
 
 def test_every_driver_file_is_held_to_the_contract() -> None:
     (folder,) = persistence.drivers.__path__
-    files = {file.stem for file in Path(folder).glob("*.py")} - {"__init__"}
+    files = {file.stem for file in Path(folder).glob("[!_]*.py")}
     assert files == {engine.module for engine in ENGINES.values()}
 
 

@@ -27,6 +27,7 @@ import pytest
 
 from persistence import create_persistence
 from persistence.driver import ABSENT, MAX_VALUE_BYTES, Delete, Driver, Entry, Key, Op, Put, Write
+from persistence.drivers import _filesystem_log as log_module
 from persistence.drivers import filesystem as module
 from persistence.drivers.filesystem import FilesystemDriver, filesystem_driver, from_url
 from persistence.errors import ConfigurationError, CorruptRecordError, OutcomeUnknownError, UnavailableError
@@ -376,11 +377,11 @@ async def test_a_write_is_seen_by_its_own_readers_only_once_it_is_safe(
 async def test_what_another_writes_to_the_successor_of_a_file_is_seen_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, syncing, synced = held_up(module._sync_folder)
+    slow, syncing, synced = held_up(log_module.sync_folder)
     async with opened(tmp_path) as driver, opened(tmp_path) as other:
         await put(driver, "p", a=b"1")
         assert await content(driver) == {"a": b"1"}
-        monkeypatch.setattr(module, "_sync_folder", slow)
+        monkeypatch.setattr(log_module, "sync_folder", slow)
         task = asyncio.create_task(driver.commit([write("p", Delete("a"))]))
         await syncing.wait()
         monkeypatch.undo()
@@ -559,7 +560,7 @@ async def test_a_partition_that_is_often_compacted_is_noted_once(
 ) -> None:
     """Or the bound on open files would be reached by one, and room be made for ever."""
     monkeypatch.setattr(module, "_OPEN_FILES", 8)
-    monkeypatch.setattr(module, "_COMPACT_BYTES", 300)
+    monkeypatch.setattr(log_module, "_COMPACT_BYTES", 300)
     async with opened(tmp_path, durability="process") as driver:
         for _ in range(60):
             await put(driver, "hot", k=b'"%s"' % (b"x" * 200))
@@ -595,17 +596,19 @@ async def test_a_failed_reopening_leaves_no_index_of_another_file(
 def test_a_file_that_gets_its_header_while_it_is_listed_is_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    path, header = tmp_path / "x.jsonl", module._header("p")
+    path, header = tmp_path / "x.jsonl", log_module._header("p")
     path.write_bytes(header[:length])
 
     class Grows(io.FileIO):
         def readinto(self, buffer: Any) -> int | None:
             size = super().readinto(buffer)
-            path.write_bytes(header + module._line(7, [("k", b"1")], []))
+            path.write_bytes(header + log_module._line(7, [("k", b"1")], []))
             return size
 
-    monkeypatch.setattr(module, "open", lambda path, _: io.BufferedReader(Grows(path, "r")), raising=False)
-    assert module._partition_of(path) in (None, "p")
+    monkeypatch.setattr(
+        log_module, "open", lambda path, _: io.BufferedReader(Grows(path, "r")), raising=False
+    )
+    assert log_module.partition_of(path) in (None, "p")
 
 
 async def test_the_folder_stays_where_it_was_when_the_working_folder_changes(
@@ -659,7 +662,7 @@ async def test_a_write_that_could_neither_be_synced_nor_mended_is_not_reported_a
     async with create_persistence(filesystem_driver(tmp_path)) as p:
         await p.sessions.add_message("s", {"n": 0})
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_sync_file", broken)
+            patch.setattr(log_module, "_sync_file", broken)
             with pytest.raises((UnavailableError, OutcomeUnknownError)):
                 await p.sessions.add_message("s", {"n": 1}, timeout=1)
         await p.sessions.add_message("s", {"n": 2})

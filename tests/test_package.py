@@ -44,7 +44,7 @@ def test_types_are_shipped() -> None:
 def test_each_driver_has_a_factory_an_extra_and_an_entry_point() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     entry_points = PYPROJECT["project"]["entry-points"]["persistence.drivers"]
-    files = {path.stem for path in ROOT.glob("drivers/*.py")} - {"__init__"}
+    files = {path.stem for path in ROOT.glob("drivers/[!_]*.py")}
     assert {target.removeprefix("persistence.drivers.") for target in entry_points.values()} == {
         f"{file}:from_url" for file in files
     }

@@ -517,4 +517,4 @@ def test_it_is_a_driver() -> None:
 
 
 def _client(driver: RedisDriver) -> Redis:
-    return cast("Redis", driver._client)
+    return cast("Redis", driver._link._client)
