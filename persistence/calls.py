@@ -16,7 +16,7 @@ __all__ = ["Repository", "public", "public_change", "within"]
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 T = TypeVar("T")
 
-_FOR_EVER = 1e9  # seconds: an event loop cannot count to every number
+_FOR_EVER = 1e9  # seconds, some 30 years: event loops fail with much larger numbers
 
 
 class Repository:

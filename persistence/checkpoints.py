@@ -1096,13 +1096,22 @@ def _fields(checkpoint: Any, names: Sequence[str]) -> dict[str, str]:
 
 def _equal(a: Any, b: Any) -> bool:
     """Tell whether two values are equal type by type: True is not 1, and NaN is NaN."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
-    if isinstance(a, builtins.list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b) or (a != a and b != b)
+    pairs = [(a, b)]  # not by calling itself: they may be nested deeper than the stack allows
+    while pairs:
+        a, b = pairs.pop()
+        if type(a) is not type(b):
+            return False
+        if isinstance(a, dict):
+            if a.keys() != b.keys():
+                return False
+            pairs += [(value, b[key]) for key, value in a.items()]
+        elif isinstance(a, builtins.list | tuple):
+            if len(a) != len(b):
+                return False
+            pairs += zip(a, b, strict=True)
+        elif a != b and (a == a or b == b):
+            return False
+    return True
 
 
 def _compare(a: Any, b: Any, path: tuple[Any, ...], changes: list[Change]) -> None:

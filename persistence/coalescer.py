@@ -213,10 +213,14 @@ class Reply(Protocol):
 
 
 class Lodger(msgspec.Struct, eq=False, kw_only=True):
-    """What takes up room: its caller's, or its own if that gives up while it is under way."""
+    """A write whose bytes take up `Room`.
+
+    Its caller gives them back, unless he is cancelled while it is under way:
+    it stays in memory then, so he leaves that to it.
+    """
 
     sent: bool = False  # it is under way
-    leave: Callable[[], None] | None = None  # gives the room back; set when the caller has given up
+    leave: Callable[[], None] | None = None  # gives the bytes back; set by a cancelled caller
 
     def give_room(self) -> None:
         """Take note that it is not under way, and return the room that its caller has left to it."""
@@ -620,12 +624,12 @@ class Coalescer:
 
     def _kick(self, lane: _Lane) -> None:
         if lane.task is None and lane.queue:
-            lane.task = asyncio.Task(self._commit_lane(lane), loop=self.loop)  # as above
+            lane.task = asyncio.Task(self._commit_lane(lane), loop=self.loop)  # never an eager one, see `ask`
 
     async def _commit_lane(self, lane: _Lane) -> None:
         try:
             while lane.queue:
-                # The lane first: what arrives while others use it can leave with this batch.
+                # The lock before the batch: what arrives while `_settle` holds it can leave with this batch.
                 async with lane.free:
                     batch = _next_batch(lane)
                     if not batch:
@@ -723,7 +727,7 @@ class Coalescer:
         return [group for group in groups if not group.settled]
 
     async def _probe(self, groups: Sequence[_Group]) -> None:
-        """Resolve the groups of which a put is found in the store."""
+        """Resolve the groups of which a put is found in the store; fail those that cannot be looked up."""
         probes = [
             (group, Key(group.partition, put.key))
             for group in groups
@@ -735,26 +739,17 @@ class Coalescer:
                 entries = await self._get([key for _, key in part])
             except _TRANSIENT:
                 raise
-            except Exception:
+            except Exception as error:
                 if len(groups) == 1:
-                    raise
-                await self._probe_singly(groups)
+                    groups[0].fail(_unknown(groups[0], error))
+                else:  # each for itself: what cannot be read of one partition is not the others' fault
+                    for group in groups:
+                        if not group.settled:
+                            await self._probe([group])
                 return
             for (group, _), entry in zip(part, entries, strict=True):
                 if entry is not None and entry.version == group.write.version:
                     group.resolve(group.write.version)
-
-    async def _probe_singly(self, groups: Sequence[_Group]) -> None:
-        """Look up each group for itself: what cannot be read of one partition is not the others' fault."""
-        for group in groups:
-            if group.settled:
-                continue
-            try:
-                await self._probe([group])
-            except _TRANSIENT:
-                raise
-            except Exception as error:
-                group.fail(_unknown(group, error))
 
     async def _send_again(self, lane: _Lane, groups: list[_Group], cause: BaseException | None) -> None:
         """Send each open group singly, so that a poison Write fails alone."""

@@ -226,9 +226,10 @@ class Collection(Generic[R]):
             gone = [key for key in old if key not in hints]
             new = {key: place for key, place in hints.items() if key not in old}
             if new and current.body is not None:
-                # Whoever takes this record out of a listing read the version of
-                # the hint before he changed the record. We have read the record
-                # after that: a hint put now is one he cannot remove.
+                # Whoever took this record out of a listing removes the hint only
+                # under the version that it had before he changed the record. We
+                # have read what he made of it, so a hint put now has another
+                # version, and stays.
                 await self.put_hints(self.kind.id_of(record), new)
             removals = await self._removals(gone)
             put = Put(RECORD, pack(body), current.version)
@@ -323,9 +324,14 @@ class Collection(Generic[R]):
         start = place.prefix if cursor is None else after(place.prefix + cursor)
         end = prefix_end(place.prefix) if place.prefix else None
         found: Listing[R] = Listing(cursor=cursor)
+        read = 0
         while limit is None or len(found) < limit:
-            wanted = MAX_GET_KEYS if limit is None else min(limit - len(found) + 1, MAX_GET_KEYS)
-            page = await self.store.coalescer.scan(place.partition, start, end, limit=wanted)
+            in_vain = read - len(found)  # read as many more: thousands that expired may come first
+            wanted = MAX_GET_KEYS if limit is None else limit - len(found) + 1 + in_vain
+            page = await self.store.coalescer.scan(
+                place.partition, start, end, limit=min(wanted, MAX_GET_KEYS)
+            )
+            read += len(page.entries)
             hints = [self.store.unpack(self.hint_decoder, place.partition, entry) for entry in page.entries]
             records = await self.find_many([hint.id for hint in hints], expired=expired)
             for index, (entry, record) in enumerate(zip(page.entries, records, strict=True)):

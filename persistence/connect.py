@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from persistence.calls import Repository, public, within
+from persistence.calls import Repository, public_change, within
 from persistence.checkpoints import Checkpoints
 from persistence.coalescer import Coalescer
 from persistence.driver import Driver
@@ -55,7 +55,7 @@ class Persistence(Repository):
     def __repr__(self) -> str:
         return f"<Persistence on {self._driver!r}>"
 
-    @public
+    @public_change
     async def repair(
         self,
         *,

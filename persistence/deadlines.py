@@ -44,8 +44,8 @@ class Deadlines:
     async def sweep(self, kind: str, expire: Callable[[str], Awaitable[object]]) -> None:
         """Call `expire` for each partition of a kind that may have expired; it must check that itself.
 
-        If it returns something true, the entry is removed; else once it is an
-        hour old, for an entry is put before the thing that expires.
+        If it returns something true, the entry is removed. If not, only once it
+        is an hour old: the thing that it was put ahead of may be about to come.
         """
         coalescer, now = self._store.coalescer, self._store.clock()
         unreadable: CorruptRecordError | None = None
@@ -65,7 +65,7 @@ class Deadlines:
                     if done or self._noted(name, entry) <= old:
                         await coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
             rest = await coalescer.scan(name, "", None, limit=1)
-            # Of a young one the entry may be on its way.
+            # Not a young one: its first entry, put at the same time, may still be on its way.
             if not rest.entries and int(found.key) < hour(now) and self._noted(_DEADLINES, found) <= old:
                 # Refused: a deadline of this hour has come in meanwhile.
                 await coalescer.write(_DEADLINES, [Delete(found.key, found.version)], hint=True)

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from math import inf
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
@@ -535,20 +536,22 @@ class Log:
         above: int = 0,
         below: int | None = None,
         limit: int | None = None,
+        most: float = inf,
         newest: bool = False,
     ) -> list[StoredItem]:
         """Return the visible entries with ``above < number < below``, oldest first.
 
-        `limit` keeps the first ones, with `newest` the last ones. As few round
-        trips as there are pages: one for the last entries of a sequence without
+        `limit` keeps the first ones, with `newest` the last ones; so does
+        `most`, in bytes, but one comes however long it is. As few round trips
+        as there are pages: one for the last entries of a sequence without
         markers, and for the first ones.
         """
         if limit == 0:
             return []
-        return await _steadily(lambda: self._read(partition, above, below, limit, newest=newest))
+        return await _steadily(lambda: self._read(partition, above, below, limit, most, newest=newest))
 
     async def _read(
-        self, partition: str, above: int, below: int | None, limit: int | None, *, newest: bool
+        self, partition: str, above: int, below: int | None, limit: int | None, most: float, *, newest: bool
     ) -> list[StoredItem]:
         wanted = _PAGE if limit is None else min(limit, _PAGE)
         start = self._key(above + 1)
@@ -568,26 +571,34 @@ class Log:
             oldest = self._number(partition, page.entries[-1].key)
             if tail.number - oldest == limit - 1 and oldest > tail.marker:
                 # All after the last marker, and no gap: no need to read the marker, or every key.
-                items = await self._items(partition, range(tail.number, oldest - 1, -1), page.entries)
+                items = await self._items(partition, range(tail.number, oldest - 1, -1), page.entries, most)
                 return items[::-1]
         ready = self._by_number(partition, page.entries)
-        spans = await self._spans(partition, tail, ready)
+        spans = await self.spans(partition, tail, ready)
         spans = _within(spans, above + 1, tail.number if below is None else below - 1)
-        numbers, entries = await self._collect(partition, spans, ready, limit, newest=newest)
-        items = await self._items(partition, numbers, entries)
+        numbers, entries = await self._collect(partition, spans, ready, limit, most, newest=newest)
+        items = await self._items(partition, numbers, entries, most)
         return items[::-1] if newest else items
 
     async def _collect(
-        self, partition: str, spans: list[Span], ready: dict[int, Entry], limit: int | None, *, newest: bool
+        self,
+        partition: str,
+        spans: list[Span],
+        ready: dict[int, Entry],
+        limit: int | None,
+        most: float,
+        *,
+        newest: bool,
     ) -> tuple[list[int], list[Entry]]:
         """Return the numbers and entries of `spans`; those in `ready` need not be read."""
         step = -1 if newest else 1
         numbers: list[int] = []
         entries: list[Entry] = []
+        size = 0
         for low, high in reversed(spans) if newest else spans:
             number, stop = (high, low - 1) if newest else (low, high + 1)
             while number != stop:
-                if limit is not None and len(entries) == limit:
+                if len(entries) == limit or size > most:
                     return numbers, entries
                 entry = ready.get(number)
                 if entry is None:
@@ -610,26 +621,31 @@ class Log:
                     raise _ChangedError(message, partition=partition)
                 numbers.append(number)
                 entries.append(entry)
+                size += len(entry.value)
                 number += step
         return numbers, entries
 
-    async def _items(self, partition: str, numbers: Sequence[int], entries: list[Entry]) -> list[StoredItem]:
+    async def _items(
+        self, partition: str, numbers: Sequence[int], entries: list[Entry], most: float
+    ) -> list[StoredItem]:
         items: list[StoredItem] = []
+        size = 0
         for number, entry in zip(numbers, entries, strict=True):
             try:
                 plain = self._plain.decode(entry.value)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                items.append(await self._item(partition, number, entry))  # which tells them apart
+                body = self._unpack(partition, entry)  # which tells them apart
             else:
                 items.append(StoredItem(number, plain.at, plain.v))
+                continue
+            if body.k != "entry":
+                message = f"entry {number} is hidden"
+                raise _ChangedError(message, partition=partition)
+            size += body.c.size if isinstance(body.c, Chunks) else 0
+            if items and size > most:
+                break
+            items.append(StoredItem(number, body.at, await self._store.value(partition, entry.key, body)))
         return items
-
-    async def _item(self, partition: str, number: int, entry: Entry) -> StoredItem:
-        body = self._unpack(partition, entry)
-        if body.k != "entry":
-            message = f"entry {number} is hidden"
-            raise _ChangedError(message, partition=partition)
-        return StoredItem(number, body.at, await self._store.value(partition, entry.key, body))
 
     def _by_number(self, partition: str, entries: Sequence[Entry]) -> dict[int, Entry]:
         if not entries:
@@ -640,14 +656,11 @@ class Log:
             return dict(zip(range(first, last + step, step), entries, strict=True))
         return {self._number(partition, entry.key): entry for entry in entries}
 
-    async def spans(self, partition: str, tail: Tail) -> list[Span]:
-        """Return the ranges of visible entries up to `tail`."""
-        return await self._spans(partition, tail, {})
-
-    async def _spans(self, partition: str, tail: Tail, ready: dict[int, Entry]) -> list[Span]:
+    async def spans(self, partition: str, tail: Tail, ready: Mapping[int, Entry] | None = None) -> list[Span]:
+        """Return the ranges of visible entries up to `tail`; its marker need not be read if it is `ready`."""
         spans: list[Span] = []
         if tail.marker:
-            entry = ready.get(tail.marker)
+            entry = ready.get(tail.marker) if ready else None
             if entry is None:
                 (entry,) = await self._store.coalescer.get([Key(partition, self._key(tail.marker))])
             if entry is None:

@@ -29,9 +29,9 @@ class Numbers:
     """Gives out numbers."""
 
     def __init__(self, n: int, blocks: int, open: Iterable[Span]) -> None:
-        self.n = n  # the last number given out, and those in blocks:
-        self.blocks = blocks  # how many there are, and of those in use
-        self.open = dict(open)  # block and its last number, the last used last
+        self.n = n  # the last number of the sequence that all share
+        self.blocks = blocks  # how many blocks were begun
+        self.open = dict(open)  # those that still grow: block → its last number, the last used last
 
     def next(self) -> int:
         """Return the next number of the sequence that all share."""

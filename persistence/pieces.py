@@ -95,7 +95,7 @@ _MANY = 64  # numbers that are not looked at one by one
 _NUMBER = 10  # about the bytes of one
 _MEMO_ITEMS = 16_000
 _FORMAT = b'{"f":1,"v":%b}'
-_FRAME = len(_FORMAT % b"") + 1  # and the brackets of a list, less a comma
+_FRAME = len(_FORMAT % b"") + 1  # what a stored run of items has and the state has not; 1: "[…]" less ","
 _MARSHAL_VERSION = 2  # later ones write the same value in ways that depend on who else refers to it
 _FORMAT_TAGGED = b'{"f":1,"t":true,"v":%b}'
 

@@ -153,10 +153,14 @@ class Repair:
     async def _visit(self, partition: str) -> None:
         kind = partition.partition("/")[0]
         steps: list[Callable[[str], Awaitable[None]]] = []
+        threads = self._checkpoints._kind_of(partition)
+        checkpoints = None if threads is None else ThreadRepair(threads, dry_run=self.dry_run)
         if kind == "index":
-            steps = [self._sweep_hints, self._sweep_checkpoint_hints]
-        elif self._checkpoints._kind_of(partition) is not None:
-            steps = [self._thread]
+            steps = [self._sweep_hints]
+            if checkpoints is not None:
+                steps.append(partial(self._sweep_checkpoint_hints, checkpoints))
+        elif checkpoints is not None:
+            steps = [partial(self._thread, checkpoints)]
         elif kind == "stream":
             steps = [self._stream]
         elif kind in self._collections:
@@ -280,11 +284,7 @@ class Repair:
 
     # ---- checkpoints
 
-    async def _thread(self, partition: str) -> None:
-        threads = self._checkpoints._kind_of(partition)
-        if threads is None:
-            return
-        repair = ThreadRepair(threads, dry_run=self.dry_run)
+    async def _thread(self, repair: ThreadRepair, partition: str) -> None:
         done = await repair.repair(partition, before=self._tombstones_before)
         self.report.pieces_removed += done.pieces_removed
         self.report.uploads_ended += done.uploads_ended
@@ -294,13 +294,9 @@ class Repair:
         self.report.corrupt_count += len(done.corrupt)
         self.report.corrupt += done.corrupt[: max(0, _NAMED - len(self.report.corrupt))]
 
-    async def _sweep_checkpoint_hints(self, partition: str) -> None:
-        threads = self._checkpoints._kind_of(partition)
-        if threads is not None:
-            before = self._now - HINT_AGE_MS
-            repair = ThreadRepair(threads, dry_run=self.dry_run)
-            swept = await repair.sweep_hints(partition, before=before)
-            self.report.hints_removed += swept
+    async def _sweep_checkpoint_hints(self, repair: ThreadRepair, partition: str) -> None:
+        removed = await repair.sweep_hints(partition, before=self._now - HINT_AGE_MS)
+        self.report.hints_removed += removed  # not before the await: other partitions are visited meanwhile
 
     # ---- streams
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Collection as AbstractCollection
 from contextlib import suppress
 from datetime import datetime
@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 _PAGE = 500
+_PAGE_BYTES = 16 << 20  # one longer message is a page of its own
 
 CONTAINERS = Kind("container", ContainerRecord, "container_id", lambda record: (Place("index/containers"),))
 IMAGES = Kind(
@@ -330,33 +331,20 @@ class Sessions(Repository):
             text = f"messages must be a list of mappings, not {type(messages).__name__}"
             raise InvalidValueError(text, partition=partition)
         numbers: list[int] = []
-        batch: list[Item] = []
-        batches = size = 0
+        batches = 0
         call = CALL.get()
         if call is not None:
             call.stored = 0
-
-        async def flush() -> None:
-            nonlocal batch, batches, expected, size
-            part = once if once is None or not batches else f"{once}/{batches}"
-            first = await self.log.append(partition, batch, once=part, expected_last=expected)
-            numbers.extend(range(first, first + len(batch)))
-            if call is not None:
-                call.stored = len(numbers)
-            if expected is not None:
-                expected = numbers[-1]
-            batch, size = [], 0
-            batches += 1
-
         try:
-            for message in messages:
-                item = await self._item(partition, message)
-                if batch and (len(batch) == APPEND_ENTRIES or size + item.size > APPEND_BYTES):
-                    await flush()
-                batch.append(item)
-                size += item.size
-            if batch:
-                await flush()
+            async for batch in self._batches(partition, ((message, None) for message in messages)):
+                part = once if once is None or not batches else f"{once}/{batches}"
+                first = await self.log.append(partition, batch, once=part, expected_last=expected)
+                numbers.extend(range(first, first + len(batch)))
+                batches += 1
+                if call is not None:
+                    call.stored = len(numbers)
+                if expected is not None:
+                    expected = numbers[-1]
         except PersistenceError as error:
             error.stored = len(numbers)
             raise
@@ -561,13 +549,13 @@ class Sessions(Repository):
         above = copied = 0
         try:
             while above < last:
-                page = await self.log.read(origin, above=above, below=last + 1, limit=_PAGE)
+                page = await self.log.read(origin, above=above, below=last + 1, limit=_PAGE, most=_PAGE_BYTES)
                 if (await self.log.tail(origin)).marker != begun.marker:
                     message = f"session {session_id!r} was truncated while it was copied: fork it again"
                     raise ConflictError(message, partition=origin)
                 if not page:
                     break
-                for batch in _batches([await self._item(partition, item.value, item.at) for item in page]):
+                async for batch in self._batches(partition, ((item.value, item.at) for item in page)):
                     await self.log.append(partition, batch, once=f"{once}/{copied}", expected_last=copied)
                     copied += len(batch)
                 above = page[-1].number
@@ -575,6 +563,22 @@ class Sessions(Repository):
             await self.log.take_back(partition, copied)
             raise
         return above, copied
+
+    async def _batches(
+        self, partition: str, messages: Iterable[tuple[Mapping[str, Any], int | None]]
+    ) -> AsyncIterator[list[Item]]:
+        """Make entries of messages and their times; yield as many at once as one append can add."""
+        batch: list[Item] = []
+        size = 0
+        for message, at in messages:
+            item = await self._item(partition, message, at)
+            if batch and (len(batch) == APPEND_ENTRIES or size + item.size > APPEND_BYTES):
+                yield batch
+                batch, size = [], 0
+            batch.append(item)
+            size += item.size
+        if batch:
+            yield batch
 
     async def _item(self, partition: str, message: Mapping[str, Any], at: int | None = None) -> Item:
         if type(message) is not dict:
@@ -602,7 +606,7 @@ class Sessions(Repository):
 
     async def _find_message(self, partition: str, message_id: str | None) -> int:
         below = None
-        while page := await self.log.read(partition, below=below, limit=_PAGE, newest=True):
+        while page := await self.log.read(partition, below=below, limit=_PAGE, most=_PAGE_BYTES, newest=True):
             for item in reversed(page):
                 if item.value.get("id") == message_id:
                     return int(item.number)
@@ -946,10 +950,10 @@ class LLMProviders(Repository):
 
     async def _delete(self, id: str, *, only: Callable[[LLMProviderRecord], bool] | None = None) -> Deleted:
         # Read before the record goes, as hints are: who saves it again chooses anew, and that stays.
-        found = None
+        chosen = None
         with suppress(CorruptRecordError):  # it may go; whose default it was, nobody knows
             found = await self.records.find(id)
-        chosen = None if found is None else await self._chosen(found.container_id, id)
+            chosen = None if found is None else await self._chosen(found.container_id, id)
         deleted = await self.records.delete(id, only=only)
         if deleted is None:
             return Deleted()
@@ -1119,16 +1123,3 @@ def _number(value: int | None) -> int | None:
         message = f"{value!r} is no number or count of messages: use a whole number from 0 on"
         raise InvalidValueError(message)
     return value
-
-
-def _batches(items: Sequence[Item]) -> Iterable[list[Item]]:
-    batch: list[Item] = []
-    size = 0
-    for item in items:
-        if batch and (len(batch) == APPEND_ENTRIES or size + item.size > APPEND_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append(item)
-        size += item.size
-    if batch:
-        yield batch

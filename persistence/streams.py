@@ -234,6 +234,7 @@ class Streams(Repository):
         except CorruptRecordError:
             await self._replace_head(partition, stream_id)
             end = await self._delete(partition)
+        await self._drop_unread_lock(partition)
         return end.parts if end is not None and self._alive(end) else 0
 
     @public_change
@@ -576,6 +577,15 @@ class Streams(Repository):
             return None, ABSENT
         body = self._store.unpack(self._locks, partition, entry)
         return (body.token if body.until > self._store.clock() else None), entry.version
+
+    async def _drop_unread_lock(self, partition: str) -> None:
+        """Remove a lock that cannot be read: nobody holds it, and nobody could take it."""
+        (entry,) = await self._store.coalescer.get([Key(partition, _LOCK)])
+        if entry is not None:
+            try:
+                self._store.unpack(self._locks, partition, entry)
+            except CorruptRecordError:
+                await self._store.coalescer.write(partition, [Delete(_LOCK, entry.version)])
 
     async def _hold(self, partition: str, holder: str | None, token: str, lease: int | None) -> bool:
         """Give the lock to `token`, or back if `lease` is None, if `holder` holds it now."""

@@ -105,9 +105,9 @@ class HeadBody(Body):
     o: int = 0  # checkpoints ever put
     k: int = 0  # checkpoints there are
     i: str = ""  # the last id given out
-    n: int = 0  # the last number given out, and those in blocks:
+    n: int = 0  # these three: see `persistence.numbering.Numbers`
     blocks: int = 0
-    open: list[Span] = msgspec.field(default_factory=list)  # block and its last number, the last used last
+    open: list[Span] = msgspec.field(default_factory=list)
     l: CheckpointBody | None = None  # noqa: E741 - names in stored objects are short
     fl: str = ""  # checkpoints up to this id are gone
     sw: bool = False  # and some of them may still have to be removed
@@ -453,10 +453,14 @@ class ThreadReader:
         place = self.listing
         start = place.prefix if cursor is None else after(place.prefix + cursor)
         found: list[HeadBody] = []
-        last: str | None = None
-        while limit is None or len(found) < limit:
-            wanted = MAX_GET_KEYS if limit is None else min(limit - len(found) + 1, MAX_GET_KEYS)
-            page = await self.store.coalescer.scan(place.partition, start, None, limit=wanted)
+        read = 0
+        while True:
+            in_vain = read - len(found)  # read as many more: thousands that expired may come first
+            wanted = MAX_GET_KEYS if limit is None else limit - len(found) + 1 + in_vain
+            page = await self.store.coalescer.scan(
+                place.partition, start, None, limit=min(wanted, MAX_GET_KEYS)
+            )
+            read += len(page.entries)
             ids = [self.store.unpack(self.hint_decoder, place.partition, e).id for e in page.entries]
             heads = await self.store.coalescer.get([Key(self.partition(id), HEAD) for id in ids])
             for index, (hint, id, entry) in enumerate(zip(page.entries, ids, heads, strict=True)):
@@ -472,13 +476,11 @@ class ThreadReader:
                 if hint.key != self.thread_hint(head):
                     continue
                 found.append(head)
-                last = hint.key
                 if len(found) == limit:
-                    return found, last if page.more or index < len(page.entries) - 1 else None
+                    return found, hint.key if page.more or index < len(page.entries) - 1 else None
             if not page.more:
                 return found, None
             start = after(page.entries[-1].key)
-        return found, last
 
     def hints(self, body: CheckpointBody, thread_id: str) -> dict[Key, Place]:
         """Return the keys under which a checkpoint is listed."""

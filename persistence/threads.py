@@ -135,6 +135,7 @@ class Threads(ThreadReader):
             await self._announce(partition, thread_id, new, head, hinted)
             if plan.size > _WRITE_BYTES or len(plan.fresh) > _WRITE_PIECES:
                 if await self._upload(partition, warm, plan, new.cut, upload):
+                    tries = Tries(partition)  # it may have taken longer than those last
                     continue
             else:
                 body = await self._store(partition, thread_id, new, warm, plan, upload, hinted)
@@ -400,6 +401,7 @@ class Threads(ThreadReader):
                 else:
                     head.blocks = (number - BLOCKS) // BLOCK + 1
         head.k, head.i = len(found), found[-1].id if found else ""
+        head.o = max((one.body.n for one in found if one.body is not None), default=len(found))
         uploads = [Delete(PENDING + id) for id in await coalescer.names(partition, PENDING)]
         self.forget(partition)
         await coalescer.write(partition, [Put(HEAD, pack(head), entry.version), *uploads])
@@ -453,6 +455,7 @@ class Threads(ThreadReader):
                 if not await self.store.coalescer.write(partition, [Put(HEAD, pack(left), version), *ops]):
                     await tries.another()
                     continue
+                tries = Tries(partition)  # each Write has its own time: there may be many
                 removed += len(victims)
                 pieces += count(gone)
                 await self._remove_hints(key for one in leaving for key in one.hints)

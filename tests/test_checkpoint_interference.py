@@ -21,7 +21,7 @@ from persistence import (
     SessionRecord,
     create_persistence,
 )
-from persistence.driver import Key, Page, Put, Write
+from persistence.driver import Delete, Key, Page, Put, Write
 from persistence.drivers.memory import MemoryDriver
 from persistence.numbering import BLOCKS
 from persistence.testing import MakeDriver
@@ -316,6 +316,51 @@ async def test_expired_threads_are_freed_behind_many_hours_of_sessions() -> None
         await p.checkpoints.put("t", 1, expires_at=clock[0] + 510 * hour)
         clock[0] += 600 * hour
         assert await p.checkpoints.delete_expired() == 1
+
+
+async def test_one_conflict_does_not_end_a_removal_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(MemoryDriver):
+        removals = 0
+
+        async def commit(self, writes: Any) -> Any:
+            if any(isinstance(op, Delete) for op in writes[0].ops):
+                self.removals += 1
+                await asyncio.sleep(0.1)
+                if self.removals == 4:  # somebody else is faster
+                    (head,) = await self.get([Key("thread/t", "head")])
+                    assert head is not None
+                    await super().commit([Write("thread/t", (Put("head", head.value),), 7)])
+            return await super().commit(writes)
+
+    monkeypatch.setattr("persistence.coalescer.RETRY_SECONDS", 0.2)
+    async with create_persistence(Slow()) as p:
+        for n in range(801):
+            await p.checkpoints.put("t", n, max_checkpoints_per_thread=None)
+        assert (await p.checkpoints.prune("t", keep_last=1)).checkpoints == 800
+
+
+async def test_one_conflict_does_not_end_a_put_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(MemoryDriver):
+        uploaded = overtaken = False
+
+        async def commit(self, writes: Any) -> Any:
+            keys = [op.key.partition("/")[0] for op in writes[0].ops]
+            if "piece" in keys:
+                self.uploaded = True
+                await asyncio.sleep(0.1)
+            elif self.uploaded and not self.overtaken:
+                self.overtaken = True
+                await q.checkpoints.put("t", 2)
+            return await super().commit(writes)
+
+    monkeypatch.setattr("persistence.coalescer.RETRY_SECONDS", 0.2)
+    driver = Slow()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        large = {"b": [os.urandom(30_000).hex() for _ in range(200)]}
+        meta = await p.checkpoints.put("t", large)
+        assert driver.overtaken
+        assert meta.seq == 2
+        assert await q.checkpoints.get("t") == large
 
 
 async def test_pruning_keeps_a_latest_whose_entry_is_corrupt_but_which_can_be_read() -> None:

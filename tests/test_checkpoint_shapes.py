@@ -43,6 +43,16 @@ async def test_a_deep_state_leaves_its_thread_readable_from_a_deeper_stack(depth
         assert await frames_down(50, lambda: q.checkpoints.delete("t")) >= 1
 
 
+async def test_a_listing_filters_by_metadata_as_deep_as_can_be_stored() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(498):
+        deep = {"in": deep}
+    async with create_persistence(memory_driver()) as p:
+        await p.checkpoints.put("t", 1, metadata=deep)
+        found = await frames_down(50, lambda: p.checkpoints.list("t", metadata=deep))
+        assert len(found) == 1
+
+
 def test_a_number_is_found_in_spans_or_not() -> None:
     spans = [(1, 2), (4, 6), (9, 9)]
     assert [number for number in range(12) if covered(number, spans)] == [1, 2, 4, 5, 6, 9]

@@ -765,6 +765,7 @@ async def test_a_thread_whose_head_cannot_be_read_can_be_deleted(make_driver: Ma
         assert await q._store.coalescer.names(partition, "piece/") == []
         assert await q._store.coalescer.names(partition, "pending/") == []
         meta = await p.checkpoints.put("t", state(3, 9))
+        assert meta.seq == metas[-1].seq + 1  # no number is used twice
         assert ids(await q.checkpoints.list("t")) == [meta.id]
         assert await q.checkpoints.get("t") == state(3, 9)
         assert (await q.repair()).corrupt_count == 0

@@ -806,6 +806,35 @@ async def test_what_is_corrupt_in_one_partition_is_not_the_others_fault() -> Non
     await core.close()
 
 
+async def test_what_turns_out_corrupt_when_it_is_sent_again_is_not_the_others_fault() -> None:
+    def corrupt(partition: str) -> CorruptRecordError:
+        return CorruptRecordError("what is stored cannot be read", partition=partition)
+
+    class Corrupt(RecordingDriver):
+        connected = False
+
+        async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+            if any(key.partition == "p1" for key in keys):
+                raise corrupt("p1")
+            return await super().get(keys)
+
+        async def apply(self, writes: Sequence[Write]) -> list[bool | None]:
+            if not self.connected:
+                self.connected = True
+                raise unapplied(UnavailableError("cannot connect"))
+            if any(write.partition == "p1" for write in writes):
+                raise corrupt("p1")
+            return await super().apply(writes)
+
+    core = await opened(Corrupt())
+    first, *others = await asyncio.gather(
+        *(core.write(f"p{n}", [Put("k", b"", ABSENT)]) for n in (1, 0, 2, 3)), return_exceptions=True
+    )
+    assert isinstance(first, CorruptRecordError)
+    assert all(isinstance(outcome, int) for outcome in others)
+    await core.close()
+
+
 async def test_callers_who_share_a_failure_do_not_share_the_error() -> None:
     driver = Scripted()
     core = await opened(driver)

@@ -7,8 +7,9 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from faulty_driver import RecordingDriver
 
-from persistence import ImageRecord, Persistence, create_persistence
+from persistence import ImageRecord, Persistence, SessionRecord, create_persistence
 from persistence.driver import Delete, Entry, Key, Page, Write
 from persistence.drivers.memory import MemoryDriver
 
@@ -139,3 +140,23 @@ async def test_a_slow_remover_does_not_take_away_what_was_listed_again() -> None
         await asyncio.gather(slow, back)
         assert len(await two.images.find_images_by_name("x")) == 1
         assert await two.images.find_images_by_name("y") == []
+
+
+async def test_what_has_expired_in_front_costs_few_calls() -> None:
+    clock = [0]
+    driver = RecordingDriver()
+    async with create_persistence(driver, clock=lambda: clock[0]) as p:
+        for n in range(1000):
+            record = SessionRecord(
+                session_id=f"s{n}", image_id="i", container_id="c", created_at=n, expires_at=5 if n else None
+            )
+            await p.sessions.save_session(record)
+            clock[0] = n % 4
+            await p.checkpoints.put(f"t{n}", n, expires_at=5 if n else None)
+        clock[0] = 9
+        for look in (p.sessions.find_sessions_by_image_id("i", limit=1), p.checkpoints.list_threads(limit=1)):
+            driver.forget()
+            (found,) = await look
+            assert getattr(found, "session_id", "s0") == "s0"
+            assert getattr(found, "thread_id", "t0") == "t0"
+            assert len(driver.calls) < 40

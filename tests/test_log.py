@@ -862,3 +862,18 @@ async def test_any_depth_that_is_stored_can_be_read(p: Persistence) -> None:
             value, depth = deeper, depth + step
             assert await p.sessions.get_messages(f"{depth}") == [value]
     assert depth == 499  # around an empty one
+
+
+async def test_pages_of_long_messages_are_short(p: Persistence) -> None:
+    for n in range(8):
+        await p.sessions.add_message("s", {"n": n, "text": "x" * (3_000_000 if n % 2 else 900_000)})
+
+    async def numbers(**bounds: Any) -> list[int]:
+        return [item.number for item in await p.sessions.log.read(SESSION, limit=500, **bounds)]
+
+    assert await numbers(most=5 << 20) == [1, 2, 3]
+    assert await numbers(most=5 << 20, above=3) == [4, 5]
+    assert await numbers(most=5 << 20, newest=True) == [7, 8]
+    assert await numbers(most=1, below=3, newest=True) == [2]
+    assert await numbers() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [message["n"] for message in await p.sessions.get_messages("s")] == list(range(8))

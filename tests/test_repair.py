@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,12 +14,16 @@ from persistence import (
     ContainerRecord,
     ImageRecord,
     InvalidValueError,
+    OutcomeUnknownError,
     Persistence,
     SessionRecord,
+    UnavailableError,
     create_persistence,
 )
 from persistence.driver import Delete, Put, Write
+from persistence.drivers.memory import MemoryDriver
 from persistence.ids import IdFactory
+from persistence.options import unapplied
 from persistence.repair import DAY_MS, RepairReport
 from persistence.testing import MakeDriver
 
@@ -283,3 +287,28 @@ async def test_it_disturbs_no_writer(timed: Persistence, clock: Clock) -> None:
         ) == 1
     assert len(await timed.images.find_images_by_name("n2")) == 4
     assert await timed.images.count_images() == 4
+
+
+async def test_a_repair_that_is_cut_off_does_not_say_that_nothing_was_changed(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cut(MemoryDriver):
+        cut = False
+
+        async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+            if self.cut and any(write.partition == "container/c" for write in writes):
+                raise unapplied(UnavailableError("cannot connect"))
+            return await super().commit(writes)
+
+    monkeypatch.setattr("persistence.coalescer.RETRY_SECONDS", 0.1)
+    driver = Cut()
+    async with create_persistence(driver, clock=clock) as p:
+        await p.sessions.save_session(
+            SessionRecord(session_id="s", image_id="i", container_id="c", expires_at=clock.now + 1)
+        )
+        clock.now += HOUR
+        driver.cut = True
+        with pytest.raises(OutcomeUnknownError, match="a part of the change was made"):
+            await p.repair()  # the session has gone, its entry in the listing of "c" has not
+        driver.cut = False
+        assert (await p.repair()).sessions_expired == 0

@@ -772,6 +772,18 @@ async def test_a_record_that_cannot_be_read_can_be_deleted(
         assert not await delete("one")
 
 
+async def test_a_provider_can_be_deleted_though_nobody_can_read_which_one_is_the_default() -> None:
+    memory = memory_driver()
+    async with create_persistence(memory) as p:
+        await p.containers.save_container({"container_id": "c"})
+        for id in ("a", "b"):
+            await p.llm_providers.save_llm_provider(provider(id, is_default=True))
+        held = memory._partitions["container/c"].entries
+        held["default-llm-provider"] = held["default-llm-provider"]._replace(value=b"{")
+        assert await p.llm_providers.delete_llm_provider("a") == Deleted(llm_providers=1)
+        assert await p.containers.delete_container("c") == Deleted(containers=1, llm_providers=1)
+
+
 @pytest.mark.parametrize("version", ["5", 1.0, False, True])
 async def test_an_expected_version_of_the_wrong_type_is_refused(p: Persistence, version: Any) -> None:
     with pytest.raises(InvalidValueError, match="expected_version"):

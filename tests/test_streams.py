@@ -529,14 +529,14 @@ async def test_what_cannot_be_read_is_named_by_reads_and_by_repair(key: str) -> 
 
 
 @pytest.mark.parametrize("part", [None, b"{", b'{"f":2}'])
-async def test_a_stream_whose_head_cannot_be_read_can_be_deleted(part: bytes | None) -> None:
+async def test_a_stream_whose_head_or_lock_cannot_be_read_can_be_deleted(part: bytes | None) -> None:
     memory = MemoryDriver()
     async with create_persistence(memory) as p, create_persistence(memory) as q:
         await fill(p, 2)
         await p.streams.delete("s")  # the mark of this life stays
         await fill(p, 3)
         await q.streams.get_meta("s")
-        puts = [Put("head", b"{")]
+        puts = [Put("head", b"{"), Put("lock", b"{")]
         if part is not None:
             puts.append(Put((await keys(p))[-1], part))
         assert await memory.commit([Write("stream/s", tuple(puts), 7)]) == [True]
@@ -544,6 +544,7 @@ async def test_a_stream_whose_head_cannot_be_read_can_be_deleted(part: bytes | N
         assert await q.streams.get_parts("s") == []
         assert await q.streams.delete("s") == 0
         assert (await q.repair()).corrupt == []
+        assert await q.streams.acquire_continue_lock("s") is not None
         with pytest.raises(ConflictError):
             await p.streams.append("s", 3, text(3))  # which remembers the end that was
         await fill(p, 1)

@@ -126,10 +126,11 @@ async def test_a_corrupt_message_does_not_keep_the_others_from_going(what: str) 
         await memory.commit([Write("session/s", (Put("message/000000000002", b"rubbish"),), 77)])
         await getattr(p.sessions, what)("s")
         page: Page = await memory.scan("session/s", "message/", "message/000000000004", limit=9)
+        stays = what == "clear_messages"  # a session that is deleted takes it along
         stubs = [b'"stub"' in entry.value for entry in page.entries]
-        assert stubs == [True, False, True]
-        assert page.entries[1].value == b"rubbish"
-        assert (await p.repair()).corrupt_count == 1
+        assert stubs == [True, not stays, True]
+        assert (page.entries[1].value == b"rubbish") == stays
+        assert (await p.repair()).corrupt_count == int(stays)
 
 
 class Overtaken(RecordingDriver):
