@@ -190,12 +190,12 @@ class Collection(Generic[R]):
         record: R | Mapping[str, Any],
         *,
         expected_version: int | None = None,
-        revive: Callable[[Loaded[R], Put], Any] | None = None,
+        write: Callable[[Loaded[R], Put], Awaitable[int | None]] | None = None,
         expire: Callable[[str], Awaitable[object]] | None = None,
     ) -> int:
         """Create or replace a record; return its version. Two round trips, more if its listings change.
 
-        `revive` writes the given Put over a tombstone, with whatever belongs to
+        `write` writes the given Put over what there is, with whatever belongs to
         it, and returns the version or `ABSENT`; by default it is just put.
         `expire` deletes the expired record of that id, which makes way.
         """
@@ -233,8 +233,9 @@ class Collection(Generic[R]):
                 await self.put_hints(self.kind.id_of(record), new)
             removals = await self._removals(gone)
             put = Put(RECORD, pack(body), current.version)
-            if current.body is not None and current.record is None and revive is not None:
-                version: int = await revive(current, put)
+            version: int | None
+            if write is not None:
+                version = await write(current, put)
             else:
                 version = await self.store.coalescer.write(partition, [put])
             if version:
@@ -245,8 +246,18 @@ class Collection(Generic[R]):
             await self.store.refill(partition, body, record.to_mapping())
             current = await self.load(self.kind.id_of(record))
 
-    async def update(self, id: str, change: Callable[[R], None], *, missing: str) -> R:
-        """Read, change and save a record until nobody interferes; return it as saved."""
+    async def update(
+        self,
+        id: str,
+        change: Callable[[R], None],
+        *,
+        missing: str,
+        save: Callable[[R, int], Awaitable[int]] | None = None,
+    ) -> R:
+        """Read, change and save a record until nobody interferes; return it as saved.
+
+        `save` is given the version that is to be replaced; by default it is `self.save`.
+        """
         partition = self.kind.partition(id)
         tries = Tries(partition)
         while True:
@@ -255,7 +266,10 @@ class Collection(Generic[R]):
                 raise NotFoundError(missing, partition=partition)
             change(record)
             try:
-                record.version = await self.save(record, expected_version=record.version)
+                if save is not None:
+                    record.version = await save(record, record.version)
+                else:
+                    record.version = await self.save(record, expected_version=record.version)
             except ConflictError:
                 await tries.another()
             else:

@@ -28,6 +28,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from persistence.coalescer import CALL, RETRY_SECONDS, Call, Lodger, Tries, backoff, fail, outpaced
 from persistence.driver import ABSENT, MAX_WRITE_OPS, Delete, Entry, Key, Op, Put
@@ -82,14 +83,16 @@ class LogBody(Body):
 
     `n`: visible entries up to this one. `m`: number of the last marker, this
     one included. `b`: number of the marker after the last delete, 0: none. `at`:
-    milliseconds. `r`: the ranges that a marker leaves visible. Under the key of
-    a `once`, `n` is the first number that its append got, `m` how many it got.
+    milliseconds. `e`: when the sequence expires, likewise. `r`: the ranges that
+    a marker leaves visible. Under the key of a `once`, `n` is the first number
+    that its append got, `m` how many it got.
     """
 
     n: int = 0
     m: int = 0
     b: int = 0
     at: int = 0
+    e: int | None = None
     k: Kind = "entry"
     r: list[Span] | msgspec.UnsetType = UNSET
 
@@ -130,6 +133,7 @@ class Tail(msgspec.Struct, frozen=True, gc=False):
     deleted: bool
     since: float  # when it was true
     born: int = 0  # number of the marker after the last delete: what was before is another life
+    expires: int | None = None  # milliseconds
 
 
 class _Append(Lodger, eq=False):
@@ -179,11 +183,17 @@ class _ChangedError(CorruptRecordError):
 
 
 class Log:
-    """The sequences of one kind: one in each partition, under `prefix` (which ends in a slash)."""
+    """The sequences of one kind: one in each partition, under `prefix` (which ends in a slash).
 
-    def __init__(self, store: Store, prefix: str) -> None:
+    `expires_at` tells when the sequence of a partition expires by now (ms, None:
+    never). It is asked once the time is up that the entries tell: whoever makes
+    it sooner puts a marker, whoever makes it later need not.
+    """
+
+    def __init__(self, store: Store, prefix: str, expires_at: Callable[[str], Awaitable[int | None]]) -> None:
         self._store = store
         self._prefix = prefix
+        self._expires_at = expires_at
         self._end = prefix_end(prefix)
         self._once = f"once/{prefix}"
         self._queues: dict[str, deque[_Append]] = {}  # of the sequences to which something is on its way
@@ -239,7 +249,7 @@ class Log:
                 return first
             for item in items:  # refused; what has no chunks has no value here either
                 await self._store.refill(partition, item.body, item.value)
-            append = msgspec.structs.replace(append, future=coalescer.loop.create_future(), looked=False)
+            append = replace(append, future=coalescer.loop.create_future(), looked=False)
 
     async def edit(
         self, partition: str, make: Callable[[Tail], Awaitable[tuple[Op, ...] | None]]
@@ -337,7 +347,7 @@ class Log:
         tail, entries = await asyncio.gather(self.tail(partition), self._store.coalescer.get(keys))
         for append, entry in zip(repeated, entries, strict=True):
             append.once_version = ABSENT
-            if entry is None or tail.deleted or append.future.done():
+            if entry is None or self.gone(tail) or append.future.done():
                 continue
             try:
                 once = self._unpack(partition, entry)
@@ -396,6 +406,8 @@ class Log:
     def _doubt(self, partition: str, append: _Append, tail: Tail, last: int) -> PersistenceError | None:
         if tail.deleted:
             return NotFoundError("it was deleted; save it again first", partition=partition)
+        if self.gone(tail):
+            return NotFoundError("its time was up; save it again first", partition=partition)
         if append.expected_last is not None and append.expected_last != last:
             message = f"the last number is {last}, not {append.expected_last}"
             return ConflictError(message, partition=partition)
@@ -433,7 +445,7 @@ class Log:
                 number += 1
                 count += 1
                 body = item.body
-                body.n, body.m, body.b = count, tail.marker, tail.born
+                body.n, body.m, body.b, body.e = count, tail.marker, tail.born, tail.expires
                 ops.append(Put(number_key(self._prefix, number), pack(body), ABSENT))
             if append.once is not None:
                 once = LogBody(n=firsts[-1], m=len(append.items), at=self._store.clock())
@@ -441,7 +453,7 @@ class Log:
         calls = [append.call for append in batch if append.call is not None]
         for call in calls:
             call.sent = True  # in a numbered batch nobody can step back any more
-        end = Tail(number, count, tail.marker, number, False, now, tail.born)
+        end = Tail(number, count, tail.marker, number, False, now, tail.born, tail.expires)
         self._store.coalescer.submit(partition, tuple(ops), _Flight(batch, firsts, end, landed), calls)
 
     def _arrive(self, partition: str, flight: _Flight, version: int, error: BaseException | None) -> bool:
@@ -493,23 +505,33 @@ class Log:
         """Read the end of the sequence: one round trip."""
         since = steady_seconds()
         page = await self._store.coalescer.scan(partition, self._prefix, self._end, limit=1, reverse=True)
-        tail = self._tail_of(partition, page.entries, since)
+        tail = await self._tail_of(partition, page.entries, since)
         if partition not in self._queues:  # who appends there knows better
             self._remember(partition, tail)
         return tail
 
-    def _tail_of(self, partition: str, entries: Sequence[Entry], since: float) -> Tail:
+    async def _tail_of(self, partition: str, entries: Sequence[Entry], since: float) -> Tail:
+        tail = self._told_by(partition, entries, since)
+        if self.gone(tail) and not tail.deleted:
+            return replace(tail, expires=await self._expires_at(partition))
+        return tail
+
+    def _told_by(self, partition: str, entries: Sequence[Entry], since: float) -> Tail:
         if not entries:
             return Tail(0, 0, 0, 0, False, since)
         body = self._unpack(partition, entries[0])
         number = self._number(partition, entries[0].key)
         if body.k == "entry" and 0 < body.n <= number and 0 <= body.m < number:
-            return Tail(number, body.n, body.m, number, False, since, body.b)
+            return Tail(number, body.n, body.m, number, False, since, body.b, body.e)
         if body.k in ("entry", "stub") or body.r is UNSET:
             message = "the greatest entry is neither an entry nor a marker"
             raise CorruptRecordError(message, partition=partition, key=entries[0].key)
         last = body.r[-1][1] if body.r else 0
-        return Tail(number, body.n, number, last, body.k == "delete", since, body.b)
+        return Tail(number, body.n, number, last, body.k == "delete", since, body.b, body.e)
+
+    def gone(self, tail: Tail) -> bool:
+        """Tell whether a sequence with this end was deleted, or has expired."""
+        return tail.deleted or (tail.expires is not None and tail.expires <= self._store.clock())
 
     def _remembered(self, partition: str, now: float) -> Tail | None:
         tail = self._tails.get(partition)
@@ -564,9 +586,11 @@ class Log:
             if not ending and above:
                 tail = await self.tail(partition)
             else:
-                tail = self._tail_of(partition, ending, since)
+                tail = await self._tail_of(partition, ending, since)
         else:
             page, tail = await asyncio.gather(first, self.tail(partition))
+        if self.gone(tail):
+            return []
         if newest and below is None and limit is not None and 0 < limit == len(page.entries):
             oldest = self._number(partition, page.entries[-1].key)
             if tail.number - oldest == limit - 1 and oldest > tail.marker:
@@ -705,14 +729,14 @@ class Log:
 
         async def make(tail: Tail) -> tuple[Op, ...] | None:
             nonlocal hidden, replaced
-            spans = await self.spans(partition, tail)
+            spans = [] if self.gone(tail) else await self.spans(partition, tail)
             if after is not None and not _within(spans, after, after):
                 message = f"no visible entry has number {after}"
                 raise NotFoundError(message, partition=partition)
             replaced = tail.marker
             hidden = _within(spans, *span)
             kept = _within(spans, 1, span[0] - 1) + _within(spans, span[1] + 1, MAX_NUMBER)
-            return (self.marker(tail, "cut", kept),) if hidden else None
+            return (self.marker(tail, "cut", kept, tail.expires),) if hidden else None
 
         tries = Tries(partition)
         while await _steadily(lambda: self.edit(partition, make)) == ABSENT:
@@ -721,11 +745,11 @@ class Log:
             await self.empty(partition, [(replaced, replaced), *hidden] if replaced else hidden)
         return _count(hidden)
 
-    def marker(self, tail: Tail, kind: Kind, kept: list[Span]) -> Put:
-        """Return the Put of a marker after `tail` that leaves `kept` visible."""
+    def marker(self, tail: Tail, kind: Kind, kept: list[Span], expires: int | None = None) -> Put:
+        """Return the Put of a marker after `tail` that leaves `kept` visible, until `expires` (ms)."""
         number = tail.number + 1
         born = number if kind == "restore" else tail.born
-        body = LogBody(n=_count(kept), m=number, b=born, at=self._store.clock(), k=kind, r=kept)
+        body = LogBody(n=_count(kept), m=number, b=born, at=self._store.clock(), e=expires, k=kind, r=kept)
         return Put(self._key(number), pack(body), ABSENT)
 
     async def end_unread(self, partition: str, put: Put) -> int:

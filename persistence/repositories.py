@@ -129,7 +129,7 @@ class Sessions(Repository):
     def __init__(self, store: Store) -> None:
         super().__init__(store)
         self.records = Collection(store, SESSIONS)
-        self.log = Log(store, "message/")
+        self.log = Log(store, "message/", self._expires_at)
         self._deadlines = Deadlines(store)
 
     # ---- records
@@ -149,9 +149,9 @@ class Sessions(Repository):
         `expected_version` (0: there must be none) is not the present one.
 
         With `expires_at` (milliseconds) the session goes at that time: from
-        then on it is not found or listed, and to save it starts it anew. Its
-        messages go with the next `delete_expired` or `repair`; until then they
-        are still read, and what is added to them is accepted and goes with them.
+        then on it is not found, listed or read, and takes no messages; to save
+        it starts it anew. `delete_expired` and `repair` free its space. A time
+        that is given, or is sooner than before, takes a number as `clear_messages` does.
         """
         return await self._save(record, expected_version)
 
@@ -248,11 +248,8 @@ class Sessions(Repository):
         def change(record: SessionRecord) -> None:
             record.expires_at = at
 
-        if at is not None:
-            await self._deadlines.put(SESSIONS.partition(session_id), at)
-        return await self.records.update(
-            session_id, change, missing=f"no session {session_id!r:.80}; `save_session` makes one"
-        )
+        missing = f"no session {session_id!r:.80}; `save_session` makes one"
+        return await self.records.update(session_id, change, missing=missing, save=self._save)
 
     @public_change
     async def delete_expired(self, *, timeout: float | None = None) -> Deleted:
@@ -387,7 +384,8 @@ class Sessions(Repository):
     @public
     async def count_messages(self, session_id: str, *, timeout: float | None = None) -> int:
         """Count the visible messages. Reads one entry."""
-        return (await self.log.tail(SESSIONS.partition(session_id))).visible
+        tail = await self.log.tail(SESSIONS.partition(session_id))
+        return 0 if self.log.gone(tail) else tail.visible
 
     @public_change
     async def clear_messages(self, session_id: str, *, timeout: float | None = None) -> int:
@@ -422,11 +420,20 @@ class Sessions(Repository):
     async def _save(
         self, record: SessionRecord | Mapping[str, Any], expected_version: int | None = None
     ) -> int:
-        async def revive(current: Loaded[SessionRecord], put: Put) -> int | None:
+        async def write(current: Loaded[SessionRecord], put: Put) -> int | None:
             async def make(tail: Tail) -> tuple[Op, ...]:
-                return (put, self.log.marker(tail, "restore", [])) if tail.deleted else (put,)
+                if tail.deleted:
+                    return put, self.log.marker(tail, "restore", [], expires_at)
+                if sooner:
+                    spans = await self.log.spans(partition, tail)
+                    return put, self.log.marker(tail, "cut", spans, expires_at)
+                return (put,)
 
-            return await self.log.edit(partition, make)
+            before = None if current.record is None else current.record.expires_at
+            sooner = expires_at is not None and (before is None or expires_at < before)
+            if sooner or (current.body is not None and current.record is None):
+                return await self.log.edit(partition, make)
+            return await self._store.coalescer.write(partition, [put])
 
         if isinstance(record, Mapping):
             record = SessionRecord.from_mapping(record)
@@ -440,9 +447,13 @@ class Sessions(Repository):
         return await self.records.save(
             record,
             expected_version=expected_version,
-            revive=revive,
+            write=write,
             expire=partial(self._delete, only=self.records.expired),
         )
+
+    async def _expires_at(self, partition: str) -> int | None:
+        record = (await self.records.load_partition(partition)).record
+        return 0 if record is None else record.expires_at
 
     async def _sweep(self) -> Deleted:
         """Do what `delete_expired` does."""
@@ -541,17 +552,18 @@ class Sessions(Repository):
             raise ConflictError(message, partition=partition)
         origin = SESSIONS.partition(session_id)
         begun = await self.log.tail(origin)
-        if begun.deleted:
-            message = f"session {session_id!r:.80} was deleted"
-            raise NotFoundError(message, partition=origin)
         last = begun.number if through is None else min(_number(through) or 0, begun.number)
         once = COPIED + self._store.ids()  # tells `repair` what a fork that was killed has left
         above = copied = 0
         try:
             while above < last:
                 page = await self.log.read(origin, above=above, below=last + 1, limit=_PAGE, most=_PAGE_BYTES)
-                if (await self.log.tail(origin)).marker != begun.marker:
-                    message = f"session {session_id!r} was truncated while it was copied: fork it again"
+                end = await self.log.tail(origin)
+                if self.log.gone(end):
+                    message = f"session {session_id!r:.80} was deleted, or its time was up"
+                    raise NotFoundError(message, partition=origin)
+                if end.marker != begun.marker:
+                    message = f"session {session_id!r:.80} was truncated while it was copied: fork it again"
                     raise ConflictError(message, partition=origin)
                 if not page:
                     break
@@ -559,7 +571,7 @@ class Sessions(Repository):
                     await self.log.append(partition, batch, once=f"{once}/{copied}", expected_last=copied)
                     copied += len(batch)
                 above = page[-1].number
-        except ConflictError:  # what others append there stays
+        except (ConflictError, NotFoundError):  # what others append there stays
             await self.log.take_back(partition, copied)
             raise
         return above, copied

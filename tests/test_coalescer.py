@@ -953,11 +953,9 @@ async def test_entries_of_listings_are_no_part_of_a_change(
     async def get(keys: Sequence[Key]) -> list[Entry | None]:
         raise UnavailableError("down")
 
-    await p.sessions.save_session(SessionRecord(session_id="s", image_id="i", container_id="c"))
-    driver.forget()
     monkeypatch.setattr(driver, "get", get)
     with pytest.raises(UnavailableError, match=r"down$"):
-        await p.sessions.set_expiry("s", 1)
+        await p.sessions.save_session(SessionRecord("s", "i", "c", expires_at=1))
     assert "commit" in driver.calls  # the entry of its deadline, which tells nobody anything
 
 

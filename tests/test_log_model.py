@@ -27,6 +27,7 @@ ONCE = {"one": 1, "three": 3, "a/b": 40}  # idempotency keys: for how many messa
 
 ids = st.sampled_from("ssst")
 places = st.floats(0, 1)
+lives = st.sampled_from([None, None, None, 0.1, 0.5, 2, 20])
 sizes = st.sampled_from([0, 1, 2, 3, 7, 20, 499, 500, 501, 10**12 - 1])
 
 
@@ -39,6 +40,7 @@ class Model:
     marker: int = 0  # the last of these
     saved: bool = False
     deleted_at: int | None = None
+    expires_at: int | None = None
     onces: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -53,6 +55,20 @@ class Model:
 
     def mark(self) -> None:
         self.greatest = self.marker = self.greatest + 1
+
+    def expired(self, now: int) -> bool:
+        return self.expires_at is not None and self.expires_at <= now
+
+    def bury(self, now: int) -> None:
+        self.mark()
+        self.visible, self.saved, self.deleted_at, self.expires_at = [], False, now, None
+        self.onces = {}  # keys of a life that is over
+
+    def save(self, expires_at: int | None) -> None:
+        sooner = expires_at is not None and (self.expires_at is None or expires_at < self.expires_at)
+        if self.deleted_at is not None or sooner:
+            self.mark()
+        self.saved, self.deleted_at, self.expires_at = True, None, expires_at
 
     def page(
         self, last: int | None, after: int | None, before: int | None, limit: int | None
@@ -121,6 +137,9 @@ class Writers(RuleBasedStateMachine):
             call = sessions.add_messages(id, messages, **given)
         if not texts:
             numbers = []
+        elif model.expired(self.now):
+            self.refused(NotFoundError, call)
+            return
         elif key in model.onces:
             numbers = model.onces[key]
         elif model.deleted_at is not None or expected_last not in (None, model.last):
@@ -144,7 +163,7 @@ class Writers(RuleBasedStateMachine):
             return await asyncio.gather(*calls, return_exceptions=True)
 
         numbers = self.run(add())
-        if model.deleted_at is not None:
+        if model.deleted_at is not None or model.expired(self.now):
             assert all(isinstance(number, NotFoundError) for number in numbers)
         else:
             order = sorted(zip(numbers, texts, strict=True))
@@ -153,6 +172,9 @@ class Writers(RuleBasedStateMachine):
     @rule(id=ids)
     def clear(self, id: str) -> None:
         model = self.models[id]
+        if model.expired(self.now):
+            assert self.run(self.sessions.clear_messages(id)) == 0
+            return
         assert self.run(self.sessions.clear_messages(id)) == len(model.visible)
         if model.visible:
             model.mark()
@@ -161,6 +183,9 @@ class Writers(RuleBasedStateMachine):
     @rule(id=ids, place=places, by_id=st.booleans())
     def truncate(self, id: str, place: float, by_id: bool) -> None:
         model, sessions = self.models[id], self.sessions
+        if model.expired(self.now):
+            self.refused(NotFoundError, sessions.truncate_after_message(id, seq=model.last))
+            return
         there = {number for number, _ in model.visible}
         hidden = [number for number in range(model.greatest + 3) if number not in there]
         not_there = hidden[round(place * (len(hidden) - 1))]
@@ -183,18 +208,32 @@ class Writers(RuleBasedStateMachine):
         removed = self.run(self.sessions.delete_session(id))
         assert (removed.sessions, removed.messages) == (model.saved, len(model.visible))
         if model.saved or (model.greatest and model.deleted_at is None):
-            model.mark()
-            model.visible, model.saved, model.deleted_at = [], False, self.now
-            model.onces = {}  # keys of a life that is over
+            model.bury(self.now)
 
-    @rule(id=ids)
-    def save(self, id: str) -> None:
+    @rule(id=ids, hours=lives)
+    def save(self, id: str, hours: float | None) -> None:
         model = self.models[id]
-        record = SessionRecord(session_id=id, image_id="i", container_id="c")
+        expires_at = None if hours is None else self.now + int(hours * HOUR_MS)
+        record = SessionRecord(session_id=id, image_id="i", container_id="c", expires_at=expires_at)
         assert self.run(self.sessions.save_session(record)) > 0
-        if model.deleted_at is not None:
-            model.mark()
-        model.saved, model.deleted_at = True, None
+        if model.expired(self.now):
+            model.bury(self.now)
+        model.save(expires_at)
+
+    @rule(id=ids, hours=lives)
+    def set_expiry(self, id: str, hours: float | None) -> None:
+        model = self.models[id]
+        expires_at = None if hours is None else self.now + int(hours * HOUR_MS)
+        call = self.sessions.set_expiry(id, expires_at)
+        if not model.saved or model.expired(self.now):
+            self.refused(NotFoundError, call)
+        else:
+            assert self.run(call).expires_at == expires_at
+            model.save(expires_at)
+
+    @rule(hours=st.sampled_from([0.05, 0.2, 1]))
+    def wait(self, hours: float) -> None:
+        self.now += int(hours * HOUR_MS)
 
     # ---- what must change nothing
 
@@ -204,6 +243,8 @@ class Writers(RuleBasedStateMachine):
         report = self.run(self.opened[self.at].repair())
         assert report.corrupt == []
         for id, model in self.models.items():
+            if model.expired(self.now):
+                model.bury(self.now)
             if model.deleted_at is not None and model.deleted_at < self.now - 7 * DAY_MS:
                 self.models[id] = Model()  # nothing is known of it any more, not even its numbers
 
@@ -236,12 +277,13 @@ class Writers(RuleBasedStateMachine):
             page[bound] = number
         if bound == "last":
             page["limit"] = None
-        expected = model.page(**page)
+        expired = model.expired(self.now)
+        expected = [] if expired else model.page(**page)
         found = self.run(sessions.read_messages(id, **page))
         assert [(one.seq, one.message["id"]) for one in found] == expected
         assert self.run(sessions.get_messages(id, **page)) == [{"id": text} for _, text in expected]
-        assert self.run(sessions.count_messages(id)) == len(model.visible)
-        assert self.run(sessions.session_exists(id)) == model.saved
+        assert self.run(sessions.count_messages(id)) == (0 if expired else len(model.visible))
+        assert self.run(sessions.session_exists(id)) == (model.saved and not expired)
 
     def teardown(self) -> None:
         try:

@@ -134,7 +134,7 @@ async def test_expired_sessions_go(timed: Persistence, clock: Clock) -> None:
     assert await repaired(timed) == {}
     clock.now += 1
     assert await repaired(timed) == {"sessions_expired": 1}
-    assert await keys(timed, "session/s") == ["message/000000000001", "message/000000000002", "record"]
+    assert await keys(timed, "session/s") == [*(f"message/{n:012d}" for n in (1, 2, 3)), "record"]
 
 
 async def test_what_a_fork_leaves_that_was_killed_goes_after_an_hour(

@@ -696,6 +696,68 @@ async def test_an_expired_session_is_not_there(make_driver: MakeDriver) -> None:
         assert page.entries == []
 
 
+async def test_nobody_reads_an_expired_session_or_adds_to_it(make_driver: MakeDriver) -> None:
+    now = 1_800_000_000_000
+    driver = make_driver()
+    async with (
+        create_persistence(driver, clock=lambda: now) as p,
+        create_persistence(driver, clock=lambda: now) as q,
+    ):
+        await p.sessions.save_session(session("s"))
+        assert await p.sessions.add_messages("s", [{"n": 1}, {"n": 2}], idempotency_key="k") == [1, 2]
+        await q.sessions.set_expiry("s", now + 2000)
+        assert await p.sessions.add_message("s", {"n": 3}) == 4  # though it does not know of that
+        await q.sessions.set_expiry("s", now + 5000)
+        await p.sessions.set_expiry("s", now + 1000)
+        await p.sessions.truncate_after_message("s", seq=2)
+        assert await q.sessions.get_messages("s") == [{"n": 1}, {"n": 2}]
+        assert await q.sessions.count_messages("s") == 2
+        now += 1000
+        for one in (p, q):
+            for attempt in (
+                one.sessions.add_message("s", {"n": 4}),
+                one.sessions.add_messages("s", [{"n": 1}, {"n": 2}], idempotency_key="k"),
+                one.sessions.fork_session("s"),
+                one.sessions.truncate_after_message("s", seq=1),
+                one.sessions.truncate_after_message("s", "id"),
+            ):
+                with pytest.raises(NotFoundError):
+                    await attempt
+            assert await one.sessions.get_messages("s") == []
+            assert await one.sessions.get_messages("s", last=5) == []
+            assert await one.sessions.read_messages("s", before=9) == []
+            assert await one.sessions.count_messages("s") == await one.sessions.clear_messages("s") == 0
+        await q.sessions.save_session(session("s"))
+        await p.sessions.add_message("s", {"n": 5})
+        now += 10**10
+        assert await q.sessions.get_messages("s") == [{"n": 5}]
+
+
+async def test_who_extends_the_life_of_a_session_need_not_tell_those_who_write(
+    make_driver: MakeDriver,
+) -> None:
+    now = 1_800_000_000_000
+    driver = make_driver()
+    async with (
+        create_persistence(driver, clock=lambda: now) as p,
+        create_persistence(driver, clock=lambda: now) as q,
+    ):
+        await p.sessions.save_session(session("s", expires_at=now + 1000))
+        for n in range(5):
+            await p.sessions.add_message("s", {"n": n})
+            await q.sessions.set_expiry("s", now + 1500)
+            now += 1000
+        record = await q.sessions.find_session_by_id("s")
+        assert record is not None
+        record.extra["title"] = "t"
+        number = await p.sessions.add_message("s", {"n": 5})
+        await q.sessions.save_session(record)
+        assert await p.sessions.add_message("s", {"n": 6}) == number + 1 == 8  # the first time took one
+        assert [message["n"] for message in await q.sessions.get_messages("s")] == list(range(7))
+        now += 500
+        assert await p.sessions.get_messages("s") == []
+
+
 async def test_an_expired_session_that_is_saved_starts_anew(make_driver: MakeDriver) -> None:
     now = 1_800_000_000_000
     async with create_persistence(make_driver(), clock=lambda: now) as p:
@@ -712,10 +774,12 @@ async def test_an_expired_session_that_is_saved_starts_anew(make_driver: MakeDri
 
 @pytest.mark.parametrize("of", ["container", "image"])
 async def test_a_cascade_takes_the_sessions_along_whose_time_has_come(of: str) -> None:
-    async with create_persistence(memory_driver(), clock=lambda: 1_000) as p:
+    now = 999
+    async with create_persistence(memory_driver(), clock=lambda: now) as p:
         await p.images.save_image(image())
         await p.sessions.save_session(session("s", expires_at=1_000))
         await p.sessions.add_message("s", {"n": 1})
+        now += 1
         delete = p.containers.delete_container("c") if of == "container" else p.images.delete_image("img_1")
         assert await delete == Deleted(images=1, sessions=1, messages=1)
         assert await p.sessions.get_messages("s") == []

@@ -16,6 +16,7 @@ from persistence import (
     CorruptRecordError,
     ImageRecord,
     LLMProviderRecord,
+    NotFoundError,
     Persistence,
     SessionRecord,
     UnavailableError,
@@ -304,7 +305,12 @@ async def test_15_lists_have_limits_counts_and_times_to_live() -> None:
         now += 3
         assert await p.sessions.count_sessions() == 2
         assert (await p.sessions.delete_expired()).sessions == 3
-        assert await p.sessions.add_messages("s4", [{"n": n} for n in range(900)]) == list(range(1, 901))
+        numbers = await p.sessions.add_messages("s4", [{"n": n} for n in range(900)])
+        assert numbers == list(range(2, 902))  # the first is that of the time to live
+        for id in ("s0", "s3"):
+            now += 1
+            with pytest.raises(NotFoundError):
+                await p.sessions.add_message(id, {})
 
 
 async def test_15_a_closed_object_says_so(p: Persistence) -> None:
