@@ -682,7 +682,10 @@ class Checkpoints(Repository):
         dry_run: bool = False,
         timeout: float | None = None,
     ) -> Pruned:
-        """Do what `prune` does, for the checkpoints that applications stored for one session, or for all."""
+        """Do what `prune` does, for the checkpoints that applications stored for one session, or for all.
+
+        `keep_last` counts within each session: where a session is one run, use `older_than`.
+        """
         return await self._prune(self.apps, session_id, keep_last, older_than, dry_run=dry_run)
 
     # ---- behind the calls

@@ -275,7 +275,7 @@ def threads(
     cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """List threads of checkpoints, those begun last first.
+    """List threads of checkpoints, those begun last first; checkpoints stored by name are no threads.
 
     With --json: one object with "threads" and "cursor" (null: there are no more).
 

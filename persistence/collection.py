@@ -14,6 +14,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -139,6 +140,7 @@ class Collection(Generic[R]):
         self._records = msgspec.json.Decoder(RecordBody)
         self._plain = _plain_decoder(kind.type)
         self.hint_decoder = msgspec.json.Decoder(HintBody)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of who updates
 
     # ---- one record
 
@@ -259,21 +261,25 @@ class Collection(Generic[R]):
         `save` is given the version that is to be replaced; by default it is `self.save`.
         """
         partition = self.kind.partition(id)
-        tries = Tries(partition)
-        while True:
-            record = await self.find(id)
-            if record is None:
-                raise NotFoundError(missing, partition=partition)
-            change(record)
-            try:
-                if save is not None:
-                    record.version = await save(record, record.version)
+        turn = self._turns.get(partition)
+        if turn is None:
+            turn = self._turns[partition] = asyncio.Lock()
+        async with turn:  # those of this process one by one: of many at once all but one would be refused
+            tries = Tries(partition)
+            while True:
+                record = await self.find(id)
+                if record is None:
+                    raise NotFoundError(missing, partition=partition)
+                change(record)
+                try:
+                    if save is not None:
+                        record.version = await save(record, record.version)
+                    else:
+                        record.version = await self.save(record, expected_version=record.version)
+                except ConflictError:
+                    await tries.another()
                 else:
-                    record.version = await self.save(record, expected_version=record.version)
-            except ConflictError:
-                await tries.another()
-            else:
-                return record
+                    return record
 
     async def delete(
         self,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from math import isfinite, isinf
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
 import msgspec
 
@@ -34,7 +34,9 @@ from persistence.collection import Listing
 from persistence.connect import Persistence, create_persistence
 from persistence.driver import Driver
 from persistence.errors import ConfigurationError, InvalidValueError
+from persistence.ids import lifetime_ms
 from persistence.options import masked_url
+from persistence.records import Record
 
 __all__ = [
     "AgentCheckpointStorage",
@@ -50,9 +52,12 @@ __all__ = [
     "StorageConfig",
     "camel_case",
     "migrate_snapshot",
+    "record",
     "storage",
     "storage_config",
 ]
+
+R = TypeVar("R", bound=Record)
 
 _DEFAULT_LIMIT: Final = 50
 _CAMEL = re.compile(r"(?<=[a-z0-9])[A-Z]")
@@ -109,7 +114,7 @@ def storage_config(config: Mapping[str, Any] | StorageConfig) -> StorageConfig:
         fields = {camel_case(str(name)): value for name, value in config.items()}
         checked: StorageConfig = msgspec.convert(fields, StorageConfig)
     except msgspec.ValidationError as error:
-        message = f"the storage's configuration: {error}"
+        message = f"the storage's configuration: {error} (`type` is sqlite, mysql or postgres)"
         raise ConfigurationError(message) from None
     return checked
 
@@ -122,6 +127,26 @@ def storage(config: Mapping[str, Any] | StorageConfig) -> AgentCheckpointStorage
     if isinstance(checked, MySQLConfig):
         return MySQLStorage(checked.connection_string)
     return PostgresStorage(checked.connection_string)
+
+
+# ---- records
+
+
+def record(kind: type[R], fields: Mapping[str, Any]) -> R:
+    """Return the record of these fields, in the ancestors' spelling or ours: ``record(ImageRecord, {…})``.
+
+    Raises `InvalidValueError` for a field that is missing, mistyped, or there in both spellings.
+    """
+    if not isinstance(fields, Mapping):
+        message = f"{kind.__name__}: the fields must be a mapping, not {type(fields).__name__}"
+        raise InvalidValueError(message)
+    ours = {camel_case(name): name for name in kind.__struct_fields__ if name not in ("extra", "version")}
+    renamed = {ours.get(name, name): value for name, value in fields.items()}
+    if len(renamed) < len(fields):
+        twice = [name for name in fields if name in ours and ours[name] != name and ours[name] in fields]
+        message = f"{kind.__name__}: {', '.join(twice)} is there in two spellings"
+        raise InvalidValueError(message)
+    return kind.from_mapping(renamed)
 
 
 # ---- checkpoints of agents and applications
@@ -256,11 +281,16 @@ class AgentCheckpointStorage:
         )
 
     @property
-    def _checkpoints(self) -> Checkpoints:
+    def persistence(self) -> Persistence:
+        """The opened store, which deletes, prunes and repairs. `ConfigurationError` if not started."""
         if self._persistence is None:
             message = f"{self.name} is not started: call start()"
             raise ConfigurationError(message)
-        return self._persistence.checkpoints
+        return self._persistence
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return self.persistence.checkpoints
 
 
 class SQLiteStorage(AgentCheckpointStorage):
@@ -312,27 +342,37 @@ def migrate_snapshot(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class Checkpointer:
-    """Threads of snapshots: what agents call ``checkpointer``. `now` gives Unix milliseconds."""
+    """Threads of snapshots: what agents call ``checkpointer``. `now` gives Unix milliseconds.
+
+    `ttl_seconds`: how long a thread stays after its last snapshot.
+    """
 
     def __init__(
         self,
         persistence: Persistence,
         *,
         max_checkpoints_per_thread: float | None = DEFAULT_CAP,
+        ttl_seconds: float | None = None,
         now: Callable[[], float] | None = None,
     ) -> None:
         if isinstance(max_checkpoints_per_thread, float) and isinf(max_checkpoints_per_thread):
             max_checkpoints_per_thread = None
+        self._clock = persistence._store.clock
         self._checkpoints = persistence.checkpoints
         self._cap = max_checkpoints_per_thread
+        self._ttl = None if ttl_seconds is None else lifetime_ms(ttl_seconds, "ttl_seconds")
         self._now = now
 
-    async def put(self, thread_id: str, snapshot: Any) -> str:
-        """Store a snapshot; return the id of the checkpoint."""
+    async def put(
+        self, thread_id: str, snapshot: Any, *, expected_latest: str | Literal[0] | None = None
+    ) -> str:
+        """Store a snapshot; return the id of the checkpoint. `expected_latest`: see `Checkpoints.put`."""
         meta = await self._checkpoints.put(
             thread_id,
             snapshot,
             max_checkpoints_per_thread=self._cap,  # type: ignore[arg-type]  # checked there
+            expected_latest=expected_latest,
+            expires_at=None if self._ttl is None else self._clock() + self._ttl,
             now=self._now,
         )
         return meta.id

@@ -25,6 +25,7 @@ __all__ = [
     "Clock",
     "IdFactory",
     "as_ms",
+    "lifetime_ms",
     "new_id",
     "now_ms",
     "random_version",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 _INT64 = 1 << 63
+_LONGEST = 10**11  # seconds; some 3,000 years
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _MAX_MS = 0xFFFF_FFFF_FFFE  # one less than fits: the counter may carry
@@ -77,6 +79,14 @@ def as_ms(value: Any, what: str) -> int:
         message = f"{what}={value!r:.80}: use milliseconds within 64 bits"
         raise InvalidValueError(message)
     return whole
+
+
+def lifetime_ms(seconds: float, what: str) -> int:
+    """Return so many seconds, how long something stays, in milliseconds. Raises `InvalidValueError`."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST:
+        message = f"{what}: use seconds, more than 0 and at most {_LONGEST:,}"
+        raise InvalidValueError(message)
+    return max(1, round(seconds * 1000))
 
 
 def shown_time(milliseconds: int, zone: tzinfo | None = None) -> str:

@@ -202,6 +202,10 @@ class Importer:
             sessions.find_session_by_id(session_id), self._compare(conversation)
         )
         if record is None:
+            until = conversation.record.expires_at
+            if until is not None and until <= self.p._store.clock():
+                text = "its expires_at is over: nobody could read it; leave that out to keep it"
+                raise LineError(text)
             await self._give_home(conversation.given)
             # First of all, so that an import that stops here has not hidden anything from the listings.
             await sessions.save_session(conversation.record, expected_version=0)

@@ -949,6 +949,7 @@ class LLMProviders(Repository):
             message = f"no LLM provider {id!r}"
             raise NotFoundError(message, partition=LLM_PROVIDERS.partition(id))
         await self._choose(found.container_id, id)
+        await self._touch(id)
 
     @public
     async def llm_provider_exists(self, id: str, *, timeout: float | None = None) -> bool:
@@ -997,8 +998,18 @@ class LLMProviders(Repository):
             pointer = HintBody(at=self._store.clock(), id=id, of=container_id)
             put = Put(key.key, pack(pointer), ABSENT if entry is None else entry.version)
             if await self._store.coalescer.write(key.partition, [put]):
-                return
+                break
             await tries.another()
+        if entry is not None:
+            with suppress(CorruptRecordError):
+                before = self._pointer(key, entry).id
+                if before != id:
+                    await self._touch(before)
+
+    async def _touch(self, id: str) -> None:
+        """Give a record another version: who has read it does not know whether it is the default now."""
+        with suppress(CorruptRecordError, NotFoundError):
+            await self.records.update(id, lambda record: None, missing="it is gone")
 
     async def _chosen(self, container_id: str, id: str) -> tuple[Key, int] | None:
         """Return the entry that makes `id` the default of a container, and its version."""
@@ -1081,7 +1092,8 @@ class Containers(Repository):
     ) -> Deleted:
         """Delete a container and, with `cascade`, all that is in it; return what that removed.
 
-        The container goes first, its content one by one. Interrupted, `repair` goes on.
+        The container goes first, its content one by one; a session goes with
+        the container that its own record names. Interrupted, `repair` goes on.
         """
         children = self._delete_children if cascade else None
         return await _delete_with(children, self.records, container_id, Deleted(containers=1))

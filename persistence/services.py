@@ -31,7 +31,7 @@ from persistence import codec
 from persistence.checkpoints import AgentCheckpointListItem, StoredAgentCheckpoint, StoredAppCheckpoint
 from persistence.collection import Listing
 from persistence.compat import camel_case
-from persistence.errors import ConfigurationError, InvalidValueError, NotFoundError
+from persistence.errors import ConfigurationError, CorruptRecordError, InvalidValueError, NotFoundError
 from persistence.ids import shown_time
 
 __all__ = [
@@ -159,7 +159,10 @@ class AgentCheckpointService:
     run = start  # as some call it
 
     async def stop(self) -> None:
-        """Stop the provider, if that is one to be stopped and no other service uses it."""
+        """Stop the provider, if that is one to be stopped and no other service uses it.
+
+        Starts are not counted: one stop is enough after two starts.
+        """
         await _stop(self.provider, self)
 
     def attach(self, agent: HookedAgent, creation_context: list[str] | None = None) -> None:
@@ -167,11 +170,11 @@ class AgentCheckpointService:
 
         `creation_context`: what the agent is told when it is made; where its checkpoints go is added.
         """
-        agent.enable_hook(AutoCheckpoint(self))
         if creation_context is not None:
             provider = self.provider
             shown = getattr(provider, "display_name", type(provider).__name__)
             creation_context.append(f"Checkpoint provider: {shown}")
+        agent.enable_hook(AutoCheckpoint(self))
 
     async def save_agent_checkpoint(self, name: str, agent: Agent) -> str:
         """Store a checkpoint of `agent` as it is now; return its id."""
@@ -208,7 +211,7 @@ class AutoCheckpoint:
     def __init__(self, service: AgentCheckpointService | None) -> None:
         self._service = service
 
-    async def after_input(self, agent: Agent, message: str) -> str | None:
+    async def after_input(self, agent: Agent, message: object) -> str | None:
         """Save a checkpoint; return its id. Without a service nothing is saved."""
         if self._service is None:
             return None
@@ -251,6 +254,9 @@ class AppCheckpointService:
         async with self._turn:
             if self._started:
                 return None
+            # In a thread: it asks the system for the working folder. "." is another project elsewhere.
+            place = await asyncio.to_thread(Path(self._place["working_directory"]).absolute)
+            self._place["working_directory"] = str(place)
             await _start(provider, self)
             try:
                 found = await self._restored(provider) if self._restore else None
@@ -339,15 +345,19 @@ class CheckpointCommands:
         lines: dict[str, str] = {}
         for first in range(0, len(found), _READ_AT_ONCE):
             part = found[first : first + _READ_AT_ONCE]
-            stored = await asyncio.gather(
-                *(self._service.retrieve_agent_checkpoint(item.id) for item in part)
-            )
-            for item, one in zip(part, stored, strict=True):
-                state = None if one is None else one.state
-                slices = ", ".join(_shown(str(name)) for name in state) if isinstance(state, Mapping) else ""
+            shown = await asyncio.gather(*(self._slices(item.id) for item in part))
+            for item, slices in zip(part, shown, strict=True):
                 lines[item.id] = _line(item, _time(item)) + (slices and f": {slices}")
         groups = ((agent, [lines[item.id] for item in items]) for agent, items in agents)
         return _outline(groups, found.cursor)
+
+    async def _slices(self, id: str) -> str:
+        try:
+            found = await self._service.retrieve_agent_checkpoint(id)
+        except CorruptRecordError:  # it must not hide the others
+            return "its state cannot be read"
+        state = None if found is None else found.state
+        return ", ".join(_shown(str(name)) for name in state) if isinstance(state, Mapping) else ""
 
 
 class _Params(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
@@ -422,7 +432,10 @@ class CheckpointRPC:
         return {"checkpoints": [_camel_fields(item) for item in found], "cursor": found.cursor}
 
     async def stream_checkpoints(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield a page of the newest checkpoints, now and whenever it has changed, until it is closed."""
+        """Yield a page of the newest checkpoints, now and whenever it has changed, until it is closed.
+
+        An error of the provider ends it: call it again.
+        """
         shown = None
         while True:
             listed = await self.list_checkpoints()
@@ -521,6 +534,6 @@ def _camel_fields(item: AgentCheckpointListItem) -> dict[str, Any]:
     return {**extra, **{camel_case(name): value for name, value in fields.items()}}
 
 
-def _as_name(message: str) -> str:
+def _as_name(message: object) -> str:
     """Return a message, which may be anything, as a name that can be stored."""
-    return message[:_NAME_CHARS].encode(errors="replace").decode()
+    return str(message)[:_NAME_CHARS].encode(errors="replace").decode()

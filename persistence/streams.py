@@ -38,7 +38,7 @@ from persistence.errors import (
     OutcomeUnknownError,
     UnavailableError,
 )
-from persistence.ids import steady_seconds
+from persistence.ids import lifetime_ms, steady_seconds
 from persistence.keys import MAX_NUMBER, encode_id, key_number, number_key, prefix_end
 from persistence.log import FORGET_SECONDS
 from persistence.store import Body, Chunks, MissingChunkError, Store, pack
@@ -51,7 +51,6 @@ _LAST_PARTS = frozenset({"finish", "error"})
 _REMEMBERED = 10_000  # streams whose end a process remembers
 _PAGE = 500
 _READ_TRIES = 6
-_LONGEST = 10**11  # seconds; some 3,000 years
 
 
 class StreamMeta(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,7 +178,7 @@ class Streams(Repository):
         limits = _Limits(
             None if max_events is None else _whole(1, max_events, "max_events"),
             None if max_bytes is None else _whole(1, max_bytes, "max_bytes"),
-            None if ttl_seconds is None else _as_milliseconds(ttl_seconds, "ttl_seconds"),
+            None if ttl_seconds is None else lifetime_ms(ttl_seconds, "ttl_seconds"),
         )
         _whole(0, index, "index")
         body = _PartBody(done=_is_last(part))
@@ -253,7 +252,7 @@ class Streams(Repository):
         it, because each index is appended once.
         """
         token = self._store.ids()
-        lease = _as_milliseconds(lease_seconds, "lease_seconds")
+        lease = lifetime_ms(lease_seconds, "lease_seconds")
         taken = await self._hold(_partition(stream_id), None, token, lease)
         return token if taken else None
 
@@ -262,7 +261,7 @@ class Streams(Repository):
         self, stream_id: str, token: str, *, lease_seconds: float = 30.0, timeout: float | None = None
     ) -> bool:
         """Hold a lock for `lease_seconds` from now on. False: it had ended, or is another's by now."""
-        lease = _as_milliseconds(lease_seconds, "lease_seconds")
+        lease = lifetime_ms(lease_seconds, "lease_seconds")
         return await self._hold(_partition(stream_id), token, token, lease)
 
     @public
@@ -675,10 +674,3 @@ def _whole(least: int, value: int, what: str) -> int:
         message = f"{what}: use a whole number from {least} to {MAX_NUMBER:,}"
         raise InvalidValueError(message)
     return value
-
-
-def _as_milliseconds(seconds: float, what: str) -> int:
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST:
-        message = f"{what}: use seconds, more than 0 and at most {_LONGEST:,}"
-        raise InvalidValueError(message)
-    return max(1, round(seconds * 1000))

@@ -550,7 +550,9 @@ class ThreadReader:
         self._warm_bytes += weight - warm.weight
         warm.weight = weight
         while len(self._warm) > _WARM_THREADS or (self._warm_bytes > _WARM_BYTES and len(self._warm) > 1):
-            coldest = next((name for name, one in self._warm.items() if not one.lock.locked()), None)
+            # Not this one: who asks for it is about to lock it.
+            others = ((name, one) for name, one in self._warm.items() if one is not warm)
+            coldest = next((name for name, one in others if not one.lock.locked()), None)
             if coldest is None:
                 return
             self._warm_bytes -= self._warm.pop(coldest).weight

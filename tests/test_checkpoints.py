@@ -108,6 +108,16 @@ async def test_a_state_comes_back_as_it_was_put(p: Persistence) -> None:
     assert 0 < meta.stored_bytes < meta.size_bytes + 1000
 
 
+async def test_more_threads_than_are_remembered_can_be_put_and_read_at_once() -> None:
+    async with create_persistence(MemoryDriver()) as p:
+        names = [f"t{n}" for n in range(2_100)]
+        await asyncio.gather(*(p.checkpoints.put(name, {"n": name}) for name in names))
+        puts = [asyncio.ensure_future(p.checkpoints.put(name, {"n": name})) for name in names]
+        found = await asyncio.gather(*(p.checkpoints.get(name) for name in names))
+        assert [state["n"] for state in found] == names
+        await asyncio.gather(*puts)
+
+
 @pytest.mark.parametrize("given", [None, 0, False, "", [], {}, "x" * 30_000, b"x" * 30_000, (1,), {1: 2}])
 async def test_any_value_is_a_state(p: Persistence, given: Any) -> None:
     meta = await p.checkpoints.put("t", given)

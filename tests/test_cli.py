@@ -274,6 +274,7 @@ def test_bad_lines_are_reported_by_number_and_the_rest_is_imported(
         11: (b'{"session_id": "e", "messages": [], "x": "\\ud800"}', "the fields beside the messages: "),
         12: (b"\xff\xfe\xff", "no JSON"),
         13: (b"[" * 100_000, "no JSON that can be read"),
+        14: (b'{"session_id": "f", "expires_at": 5, "messages": [{}]}', "its expires_at is over"),
     }
     file = tmp_path / "mixed.jsonl"
     file.write_bytes(b"\n".join([good.strip(), *(line.strip() for line, _ in bad.values()), b"", last]))

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from persistence import ConfigurationError, InvalidValueError, create_persistence, memory_driver
+from persistence import (
+    ConfigurationError,
+    ConflictError,
+    ImageRecord,
+    InvalidValueError,
+    create_persistence,
+    memory_driver,
+)
 from persistence.compat import (
     AgentCheckpointStorage,
     Checkpointer,
@@ -22,6 +29,7 @@ from persistence.compat import (
     SQLiteConfig,
     SQLiteStorage,
     migrate_snapshot,
+    record,
     storage,
     storage_config,
 )
@@ -273,3 +281,45 @@ async def test_a_checkpointer_keeps_threads_of_snapshots() -> None:
         unlimited = Checkpointer(p, max_checkpoints_per_thread=float("inf"))
         await unlimited.put("t", 1)
         assert await unlimited.thread_count() == 1
+
+
+async def test_a_storage_gives_what_deletes_and_prunes(
+    sqlite: AgentCheckpointStorage, tmp_path: Path
+) -> None:
+    ids = [await sqlite.store_checkpoint(checkpoint(2 * i)) for i in range(3)]
+    assert await sqlite.persistence.checkpoints.delete_checkpoint(ids[0])
+    assert (await sqlite.persistence.checkpoints.prune_checkpoints(keep_last=1)).checkpoints == 1
+    assert [item.id for item in await sqlite.list_checkpoints()] == ids[2:]
+    with pytest.raises(ConfigurationError, match="not started"):
+        _ = SQLiteStorage(str(tmp_path / "other.db")).persistence
+
+
+async def test_a_thread_of_a_checkpointer_goes_some_time_after_its_last_snapshot() -> None:
+    now = 1_800_000_000_000
+    async with create_persistence(memory_driver(), clock=lambda: now) as p:
+        checkpointer = Checkpointer(p, ttl_seconds=2.5)
+        await checkpointer.put("t", {"version": 2})
+        now += 2_499
+        latest = await checkpointer.put("t", {"version": 2})
+        now += 2_499
+        assert len(await checkpointer.list("t")) == 2
+        await checkpointer.put("t", {"version": 2}, expected_latest=latest)
+        with pytest.raises(ConflictError):
+            await checkpointer.put("t", {"version": 2}, expected_latest=latest)
+        now += 2_500
+        assert await checkpointer.get("t") is None
+        for wrong in (0, -1, float("inf"), float("nan")):
+            with pytest.raises(InvalidValueError, match="ttl_seconds"):
+                Checkpointer(p, ttl_seconds=wrong)
+
+
+def test_a_record_may_be_in_either_spelling() -> None:
+    ids = {"imageId": "i", "containerId": "c", "session_id": "s", "name": "n"}
+    made = record(ImageRecord, {**ids, "createdAt": 5, "mcpServers": {"a": {"maxTokens": 1}}, "ownField": 1})
+    assert (made.image_id, made.session_id, made.created_at) == ("i", "s", 5)
+    assert made.mcp_servers == {"a": {"maxTokens": 1}}
+    assert made.extra == {"ownField": 1}
+    with pytest.raises(InvalidValueError, match="imageId is there in two spellings"):
+        record(ImageRecord, {**ids, "image_id": "other"})
+    with pytest.raises(InvalidValueError, match="missing required field `image_id`"):
+        record(ImageRecord, {})

@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from faulty_driver import RecordingDriver
 
 from persistence import (
     ConflictError,
@@ -269,6 +270,19 @@ async def test_concurrent_metadata_updates_lose_nothing(p: Persistence) -> None:
     assert found.metadata == {f"k{n}": n for n in range(12)}
 
 
+async def test_many_updates_of_one_record_at_once_take_turns() -> None:
+    driver = RecordingDriver()
+    async with create_persistence(driver) as p:
+        await p.images.save_image(image())
+        driver.forget()
+        await asyncio.gather(*(p.images.update_metadata("img_1", {f"k{n}": n}) for n in range(100)))
+        found = await p.images.find_image_by_id("img_1")
+        assert found is not None
+        assert found.metadata == {f"k{n}": n for n in range(100)}
+        writes = [write for writes in driver.commits for write in writes if write.partition == "image/img_1"]
+        assert len(writes) == 100
+
+
 async def test_the_session_of_an_image_is_its_most_recent(p: Persistence) -> None:
     await p.sessions.save_session(session("zzz", created_at=1))
     await p.sessions.save_session(session("aaa", created_at=3))
@@ -317,6 +331,20 @@ async def test_a_container_has_one_default_provider(p: Persistence) -> None:
     assert await p.llm_providers.find_default_llm_provider("c") is None
     with pytest.raises(NotFoundError):
         await p.llm_providers.set_default_llm_provider("b")
+
+
+async def test_an_expected_version_sees_that_another_has_become_the_default(p: Persistence) -> None:
+    for id in ("a", "b"):
+        await p.llm_providers.save_llm_provider(provider(id, is_default=id == "a"))
+    read = [await p.llm_providers.find_llm_provider_by_id(id) for id in ("a", "b")]
+    await p.llm_providers.set_default_llm_provider("b")
+    for record in read:
+        assert record is not None
+        with pytest.raises(ConflictError):
+            await p.llm_providers.save_llm_provider(record, expected_version=record.version)
+    default = await p.llm_providers.find_default_llm_provider("c")
+    assert default is not None
+    assert default.id == "b"
 
 
 # ---- messages

@@ -309,6 +309,22 @@ async def test_lists_are_by_day_and_histories_by_agent() -> None:
         assert short.endswith(f"{ids[2]}\nThere are older ones")
 
 
+async def test_a_history_names_what_cannot_be_read_beside_the_others() -> None:
+    memory = memory_driver()
+    async with create_persistence(memory) as p:
+        long = {"TodoState": ["x" * 5_000]}
+        given = [checkpoint(agent, "step", 0) | {"state": long} for agent in "ab"]
+        ids = [await p.checkpoints.store_checkpoint(one) for one in given]
+    held = memory._partitions["named/a"].entries
+    for key in [key for key in held if key.startswith("piece/")]:
+        held[key] = held[key]._replace(value=b"{")
+    async with create_persistence(memory) as p:
+        commands = CheckpointCommands(AgentCheckpointService(p.checkpoints))
+        history = await commands.execute("history", TodoAgent())
+        assert f"{ids[0]}: its state cannot be read" in history
+        assert f"{ids[1]}: TodoState" in history
+
+
 async def test_who_chooses_none_changes_nothing(p: Persistence) -> None:
     service, agent = AgentCheckpointService(p.checkpoints), TodoAgent()
     agent.todos = ["one"]
@@ -482,6 +498,21 @@ class LoggedProvider:
         await asyncio.sleep(0)
         fields = {"id": "7", "session_id": "run-1", "created_at": 0, "hostname": "", "working_directory": ""}
         return StoredAppCheckpoint(**fields, state={})  # type: ignore[arg-type]
+
+
+async def test_a_relative_project_directory_is_that_of_this_working_folder(
+    p: Persistence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        await asyncio.to_thread((tmp_path / name).mkdir)
+        await asyncio.to_thread(monkeypatch.chdir, tmp_path / name)
+        service = AppCheckpointService(
+            CounterApp(), p.checkpoints, project_directory=".", restore_previous_state=True
+        )
+        assert await service.start() is None
+        await service.stop()
+    (last, first) = await p.checkpoints.list_app_checkpoints()
+    assert [first.working_directory, last.working_directory] == [str(tmp_path / "one"), str(tmp_path / "two")]
 
 
 async def test_an_application_starts_and_stops_once_whoever_calls() -> None:
