@@ -193,6 +193,8 @@ class Checkpoints(Repository):
             "index/named-checkpoints-by-session": self.agents,
             "index/apps": self.apps,
             "index/app-checkpoints": self.apps,
+            "index/app-checkpoints-by-session": self.apps,
+            "index/app-checkpoints-by-host": self.apps,
         }
 
     def _kind_of(self, partition: str) -> Threads | None:
@@ -554,9 +556,9 @@ class Checkpoints(Repository):
         wanted = {"session_id": session_id, "agent_type": agent_type, "name": name}
         _check_texts(agent_id=agent_id, **wanted)
         if agent_id is not None:
-            place = _by("agent", agent_id)
+            place = _by("named", "agent", agent_id)
         elif session_id is not None:
-            place = _by("session", session_id)
+            place = _by("named", "session", session_id)
         else:
             place = Place("index/named-checkpoints")
         page = await self._named_page(
@@ -793,6 +795,10 @@ class Checkpoints(Repository):
         wanted = {"hostname": hostname, "working_directory": working_directory}
         _check_texts(session_id=session_id, **wanted)
         place = Place("index/app-checkpoints")
+        if session_id is not None:
+            place = _by("app", "session", session_id)
+        elif hostname is not None:
+            place = _by("app", "host", hostname)
         return await self._named_page(self.apps, place, session_id, wanted, before, after, limit, cursor)
 
     async def _named_page(
@@ -956,17 +962,21 @@ class Checkpoints(Repository):
 def _agent_places(body: CheckpointBody, agent_id: str) -> Sequence[Place]:
     return (
         Place("index/named-checkpoints"),
-        _by("agent", agent_id),
-        _by("session", body.x.get("session_id", "")),
+        _by("named", "agent", agent_id),
+        _by("named", "session", body.x.get("session_id", "")),
     )
 
 
 def _app_places(body: CheckpointBody, session_id: str) -> Sequence[Place]:
-    return (Place("index/app-checkpoints"),)
+    return (
+        Place("index/app-checkpoints"),
+        _by("app", "session", session_id),
+        _by("app", "host", body.x.get("hostname", "")),
+    )
 
 
-def _by(what: str, id: str) -> Place:
-    return Place(f"index/named-checkpoints-by-{what}/{encode_id(id, f'{what}_id')}")
+def _by(kind: str, what: str, id: str) -> Place:
+    return Place(f"index/{kind}-checkpoints-by-{what}/{encode_id(id, what)}")
 
 
 def _thread_meta(head: HeadBody) -> ThreadMeta:

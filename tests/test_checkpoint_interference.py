@@ -575,3 +575,24 @@ async def test_a_thread_begun_anew_while_it_is_read_gets_none_of_the_old_pieces(
         await p.checkpoints.put("t", state(300))
     async with create_persistence(driver) as q:
         assert await q.checkpoints.get("t") == state(300)
+
+
+async def test_the_checkpoints_of_one_application_are_found_without_reading_those_of_others() -> None:
+    driver = RecordingDriver()
+    async with create_persistence(driver) as p:
+        one = {"project_directory": "/p", "working_directory": "/p", "state": {}}
+        for n in range(300):
+            await p.checkpoints.store_app_checkpoint({**one, "session_id": f"s{n}", "hostname": f"h{n % 10}"})
+        driver.forget()
+        (found,) = await p.checkpoints.list_app_checkpoints(session_id="s7", limit=1)
+        assert (found.session_id, found.hostname) == ("s7", "h7")
+        latest = await p.checkpoints.retrieve_latest_app_checkpoint(hostname="h3")
+        assert latest is not None
+        assert latest.session_id == "s293"
+        assert await p.checkpoints.retrieve_latest_app_checkpoint(hostname="none") is None
+        assert len(await p.checkpoints.list_app_checkpoints(hostname="h4")) == 30
+        assert driver.calls.count("scan") <= 6
+        assert await p.checkpoints.delete_session_checkpoints("s7") == 1
+        assert await p.checkpoints.list_app_checkpoints(session_id="s7") == []
+        report = await p.repair()
+        assert (report.hints_added, report.hints_removed, report.corrupt_count) == (0, 0, 0)
