@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -28,7 +29,7 @@ try:
 except ImportError as error:
     raise missing_client("redis", "redis[hiredis]") from error
 
-__all__ = ["Command", "Link", "Node", "Script", "translated"]
+__all__ = ["Command", "Link", "Node", "Script", "is_refusal", "translated"]
 
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _REDIRECT_DELAYS = (0.0, 0.0, 0.02, 0.1, 0.3)  # seconds; a slot on its way to another node takes a moment
@@ -37,6 +38,14 @@ _NOT_RUN = (exceptions.NoScriptError, exceptions.AskError, exceptions.TryAgainEr
 _BROKEN = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
 _REFUSALS = (exceptions.AuthenticationError, exceptions.NoPermissionError)
 _FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
+# Said instead of running a command, or a script before its first change; Redis 6.2 quotes it in a text.
+_UNDONE = (
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+    exceptions.BusyLoadingError,
+    exceptions.ClusterDownError,
+)
+_UNDONE_CODE = re.compile(r"\b(OOM|READONLY|NOREPLICAS|MISCONF|LOADING|CLUSTERDOWN)\b")
 _MISTAKES = ("Cluster mode is not enabled", "DB index is out of range")
 
 Node: TypeAlias = "Redis | ClusterNode"
@@ -195,7 +204,8 @@ class Link:
                 words = command.with_text().words
                 [reply] = await _exchange(connection, [pack_command(words)], self._timeout)
         except _FAILURES as error:
-            raise unapplied(_as_ours(error), certain=not connected) from error
+            ours = _as_ours(error)
+            raise ours if connected else unapplied(ours) from error
         finally:
             if connection is not None and self._given is None:
                 self._idle.append(connection)
@@ -314,4 +324,11 @@ def _as_ours(error: Exception) -> PersistenceError:
     message = f"redis: {str(root) or 'no answer in time'}"
     if isinstance(root, _REFUSALS) or str(root).startswith(_MISTAKES):
         return ConfigurationError(message)
-    return UnavailableError(message)
+    return unapplied(UnavailableError(message), certain=is_refusal(root))
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Tell whether the server says that it did not do what it was asked."""
+    if isinstance(error, _UNDONE):
+        return True
+    return isinstance(error, exceptions.ResponseError) and bool(_UNDONE_CODE.search(str(error)))

@@ -174,7 +174,17 @@ _DUPLICATE = 1062
 _RETRIED = {1205, 1213, _DUPLICATE}  # lock wait timeout, deadlock, a key that was absent a moment ago
 # And all below 1000, and 2000 to 2999. With 1290 and 1836 the server is a primary no longer.
 _BROKEN = {1053, 1152, 1158, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 3169, 4031}
-_BUSY = {1021, 1040, 1041, 1047, 1114, 1129, 1203, 1205, 1213, 1969, 3024, _DUPLICATE}
+_BUSY = {1021, 1040, 1041, 1047, 1114, 1129, 1203, 1205, 1213, 1226, 1792, 1969, 3024, _DUPLICATE}
+_UNDONE = _RETRIED | {
+    1021,
+    1114,
+    1226,
+    1290,
+    1792,
+    1836,
+    1969,
+    3024,
+}  # what the server says instead of doing it
 _CORRUPT = {1034, 1194, 1195, 1712, 1877}
 _FORBIDDEN = {1044, 1142, 1227}
 _NO_TRANSACTIONS = {"MyISAM", "Aria", "MEMORY", "CSV", "ARCHIVE", "MRG_MyISAM", "BLACKHOLE"}
@@ -514,7 +524,7 @@ class MySQLDriver:
             except _FAILURES as error:
                 late = asyncio.get_running_loop().time() > deadline
                 if late or _code(error) not in _RETRIED:
-                    raise unapplied(_translated(error), certain=_code(error) in _RETRIED) from error
+                    raise unapplied(_translated(error), certain=_code(error) in _UNDONE) from error
             tries += 1
             await asyncio.sleep(random.uniform(0, min(0.002 * 2**tries, _LONGEST_PAUSE)))
 

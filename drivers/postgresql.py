@@ -202,6 +202,13 @@ _DOWN = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     *_RETRIED,
 )
+_UNDONE = (  # what the server says instead of doing it
+    asyncpg.QueryCanceledError,  # statement_timeout
+    asyncpg.InsufficientResourcesError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.ReadOnlySQLTransactionError,
+    *_RETRIED,
+)
 _FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "namespace": str,
@@ -255,6 +262,10 @@ class _Pool:
         self._slots.release()
         if not connection.is_closed():
             self._idle.append(connection)
+
+    def drop_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().terminate()
 
     async def close(self) -> None:
         goodbyes = (connection.close(timeout=_GRACE) for connection in self._idle)
@@ -522,18 +533,20 @@ class PostgreSQLDriver:
                     raise
                 except asyncpg.PostgresError:
                     raise  # an answer of the server: the connection is in order
-                except BaseException:
+                except BaseException as error:
                     if connection is self._client:
                         self._in_doubt = True
                     else:
                         connection.terminate()
+                        if isinstance(error, TimeoutError) and isinstance(pool, _Pool):
+                            pool.drop_idle()  # a firewall that forgot this one has forgotten them, too
                     raise
                 finally:
                     await pool.release(connection)
             except _FAILURES as error:
                 late = asyncio.get_running_loop().time() > deadline
                 if late or not isinstance(error, _RETRIED):
-                    undone = connection is None or isinstance(error, _RETRIED)
+                    undone = connection is None or isinstance(error, _UNDONE)
                     raise unapplied(self._translated(error), certain=undone) from error
             tries += 1
             await asyncio.sleep(random.uniform(0, min(0.002 * 2**tries, _LONGEST_PAUSE)))
@@ -550,7 +563,10 @@ class PostgreSQLDriver:
             raise ConfigurationError(message) from error
         try:
             if self._settings is not None:
-                await connection.execute(_SESSION.format(**self._settings, pid=connection.get_server_pid()))
+                # A pooler answers the login by itself, and the first statement when a session is free.
+                async with asyncio.timeout(self._timeout + _GRACE):
+                    pid = connection.get_server_pid()
+                    await connection.execute(_SESSION.format(**self._settings, pid=pid))
         except BaseException:
             connection.terminate()
             raise

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
-from persistence.drivers._redis_link import Command, Link, Node, Script, translated
+from persistence.drivers._redis_link import Command, Link, Node, Script, is_refusal, translated
 from persistence.errors import ConfigurationError, CorruptRecordError
 from persistence.options import (
     Durability,
@@ -297,7 +297,7 @@ class RedisDriver:
             replies = await self._link.send([self._commit(batch) for batch in batches])
             failures = [reply for reply in replies if isinstance(reply, Exception)]
             if len(failures) == len(replies):
-                raise failures[0]
+                raise next((failure for failure in failures if not is_refusal(failure)), failures[0])
         for failure in failures:
             _log.debug("redis: the outcome of a write is unknown: %s", failure)
         for reply in replies:

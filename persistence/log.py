@@ -718,9 +718,9 @@ class Log:
         """
         return await self._hide(partition, ((through or 0) + 1, MAX_NUMBER), through)
 
-    async def take_back(self, partition: str, count: int) -> None:
-        """Hide the first `count` entries, which the caller has appended, and no others."""
-        await self._hide(partition, (1, count))
+    async def take_back(self, partition: str, span: Span) -> None:
+        """Hide the entries of `span`, which a copy has appended, and no others."""
+        await self._hide(partition, span)
 
     async def _hide(self, partition: str, span: Span, after: int | None = None) -> int:
         """Hide what is visible in `span`, if number `after` is visible; return how many entries."""
@@ -777,11 +777,12 @@ class Log:
         return [(low + 1, high) for low, high in gaps if low < high]
 
     async def empty(
-        self, partition: str, spans: Sequence[Span], *, unread: bool = False, dry_run: bool = False
+        self, partition: str, spans: Sequence[Span], *, unread: int = 0, dry_run: bool = False
     ) -> int:
         """Overwrite hidden entries by stubs; return how many. Can be repeated and interrupted.
 
-        What cannot be read is left as it is, and named by `repair`; with `unread` it is overwritten too.
+        What cannot be read is left as it is, and named by `repair`; up to number `unread` it is
+        overwritten too.
         """
         emptied = 0
         for low, high in spans:
@@ -791,7 +792,7 @@ class Log:
                     try:
                         body = self._unpack(partition, entry)
                     except CorruptRecordError:
-                        if not unread:
+                        if self._number(partition, entry.key) > unread:
                             continue
                         body = LogBody()
                     if body.k != "stub":
@@ -844,20 +845,26 @@ class Log:
 
     async def _forget_onces(self, partition: str, number: int) -> None:
         async for entries in self._pages(partition, self._once, prefix_end(self._once)):
-            bodies = [(entry, self._unpack(partition, entry)) for entry in entries]
-            deletes = [Delete(entry.key, entry.version) for entry, body in bodies if body.n < number]
+            old = [entry for entry in entries if self._once_of(partition, entry) < number]
+            deletes = [Delete(entry.key, entry.version) for entry in old]
             if deletes:
                 await self._store.coalescer.write(partition, deletes, hint=True)
 
-    async def copied(self, partition: str) -> int | None:
-        """Return when a copy added the last entry (ms); None if others added or hid some, or none did."""
+    def _once_of(self, partition: str, entry: Entry) -> int:
+        try:
+            return self._unpack(partition, entry).n
+        except CorruptRecordError:
+            return 0  # of no use to anybody
+
+    async def copied(self, partition: str) -> tuple[int, Span] | None:
+        """Return when a copy added the last entry (ms), and which are its own: all, or None."""
         tail = await self.tail(partition)
         last = entries = 0
         start = self._once + COPIED
         async for page in self._pages(partition, start, prefix_end(start)):
             for body in (self._unpack(partition, entry) for entry in page):
                 last, entries = max(last, body.at), entries + body.m
-        return last if entries and entries == tail.number else None
+        return (last, (1, entries)) if entries and entries == tail.number else None
 
     async def chunk_ids(self, partition: str) -> set[str]:
         """Return the ids of all chunks that entries refer to. Reads the whole sequence, page by page."""

@@ -200,10 +200,10 @@ class Repair:
     async def _half_fork(self, partition: str) -> None:
         """Hide the messages of a fork whose record never came. Its id stays used."""
         copied = await self._sessions.log.copied(partition)
-        if copied is not None and copied < self._now - HINT_AGE_MS:
+        if copied is not None and copied[0] < self._now - HINT_AGE_MS:
             self.report.forks_ended += 1
-            if not self.dry_run:
-                await self._sessions.log.cut(partition, None)
+            if not self.dry_run:  # what others add from now on stays
+                await self._sessions.log.take_back(partition, copied[1])
 
     async def _tombstone(
         self, partition: str, collection: Collection[Any], body: RecordBody, version: int
@@ -249,8 +249,10 @@ class Repair:
         log = self._sessions.log
         hidden = await log.hidden(partition)
         if hidden:
+            tail = await log.tail(partition)
+            deleted = tail.number if tail.deleted else tail.born  # a delete that was cut off had come so far
             # Counted after the await: other partitions are visited meanwhile.
-            emptied = await log.empty(partition, hidden, dry_run=self.dry_run)
+            emptied = await log.empty(partition, hidden, unread=deleted, dry_run=self.dry_run)
             self.report.entries_emptied += emptied
             before = self._now - DAY_MS
             dropped = await log.drop_stubs(partition, hidden, before, dry_run=self.dry_run)

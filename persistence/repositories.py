@@ -25,7 +25,7 @@ from persistence.errors import (
 )
 from persistence.ids import as_ms
 from persistence.keys import MAX_NUMBER, encode_id
-from persistence.log import APPEND_BYTES, APPEND_ENTRIES, COPIED, Item, Log, Tail
+from persistence.log import APPEND_BYTES, APPEND_ENTRIES, COPIED, Item, Log, Span, Tail
 from persistence.records import (
     ContainerRecord,
     ImageRecord,
@@ -418,10 +418,19 @@ class Sessions(Repository):
     # ---- behind the calls
 
     async def _save(
-        self, record: SessionRecord | Mapping[str, Any], expected_version: int | None = None
+        self,
+        record: SessionRecord | Mapping[str, Any],
+        expected_version: int | None = None,
+        *,
+        forked: bool = False,
     ) -> int:
+        """Do what `save_session` does; `ConflictError` if it is `forked` and something of it was hidden."""
+
         async def write(current: Loaded[SessionRecord], put: Put) -> int | None:
             async def make(tail: Tail) -> tuple[Op, ...]:
+                if forked and tail.marker:
+                    message = "messages of it were removed while it was forked"
+                    raise ConflictError(message, partition=partition)
                 if tail.deleted:
                     return put, self.log.marker(tail, "restore", [], expires_at)
                 if sooner:
@@ -431,7 +440,7 @@ class Sessions(Repository):
 
             before = None if current.record is None else current.record.expires_at
             sooner = expires_at is not None and (before is None or expires_at < before)
-            if sooner or (current.body is not None and current.record is None):
+            if forked or sooner or (current.body is not None and current.record is None):
                 return await self.log.edit(partition, make)
             return await self._store.coalescer.write(partition, [put])
 
@@ -507,7 +516,7 @@ class Sessions(Repository):
         deleted = await self.records.delete(session_id, only=only, bury=bury)
         if deleted is None:
             return Deleted()
-        emptied = await self.log.empty(partition, await self.log.hidden(partition), unread=True)
+        emptied = await self.log.empty(partition, await self.log.hidden(partition), unread=MAX_NUMBER)
         return Deleted(sessions=int(deleted.there), messages=emptied if removed is None else removed)
 
     async def _fork(
@@ -523,7 +532,7 @@ class Sessions(Repository):
             message = f"no session {session_id!r:.80}; `save_session` makes one"
             raise NotFoundError(message, partition=SESSIONS.partition(session_id))
         new_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
-        above, copied = await self._copy(session_id, new_id, through)
+        above, copies = await self._copy(session_id, new_id, through)
         now = self._store.clock()
         # Listed before its source, be it of the same millisecond or of a clock that is a little ahead.
         now = max(now, min(source.created_at + 1, now + 1_000))
@@ -538,23 +547,23 @@ class Sessions(Repository):
             extra=source.extra,
         )
         try:
-            record.version = await self._save(record, ABSENT)
+            record.version = await self._save(record, ABSENT, forked=True)
         except ConflictError:  # it has become somebody else's session
-            await self.log.take_back(SESSIONS.partition(new_id), copied)
+            await self.log.take_back(SESSIONS.partition(new_id), copies)
             raise
         return record
 
-    async def _copy(self, session_id: str, new_id: str, through: int | None) -> tuple[int, int]:
-        """Copy messages into a session that was never used; return the number of the last, and how many."""
+    async def _copy(self, session_id: str, new_id: str, through: int | None) -> tuple[int, Span]:
+        """Copy messages into a session that was never used; return the last one's number, and the copies'."""
         partition = SESSIONS.partition(new_id)
+        used = f"the session id {new_id!r} was used before"
         if (await self.records.load(new_id)).version or (await self.log.tail(partition)).number:
-            message = f"the session id {new_id!r} was used before"
-            raise ConflictError(message, partition=partition)
+            raise ConflictError(used, partition=partition)
         origin = SESSIONS.partition(session_id)
         begun = await self.log.tail(origin)
         last = begun.number if through is None else min(_number(through) or 0, begun.number)
         once = COPIED + self._store.ids()  # tells `repair` what a fork that was killed has left
-        above = copied = 0
+        above, copies = 0, (0, 0)
         try:
             while above < last:
                 page = await self.log.read(origin, above=above, below=last + 1, limit=_PAGE, most=_PAGE_BYTES)
@@ -568,13 +577,16 @@ class Sessions(Repository):
                 if not page:
                     break
                 async for batch in self._batches(partition, ((item.value, item.at) for item in page)):
-                    await self.log.append(partition, batch, once=f"{once}/{copied}", expected_last=copied)
-                    copied += len(batch)
+                    stop = copies[1]
+                    first = await self.log.append(partition, batch, once=f"{once}/{stop}", expected_last=stop)
+                    copies = (copies[0] or first, first + len(batch) - 1)
+                    if first != stop + 1:  # others have added some since we looked, and hidden them
+                        raise ConflictError(used, partition=partition)
                 above = page[-1].number
         except (ConflictError, NotFoundError):  # what others append there stays
-            await self.log.take_back(partition, copied)
+            await self.log.take_back(partition, copies)
             raise
-        return above, copied
+        return above, copies
 
     async def _batches(
         self, partition: str, messages: Iterable[tuple[Mapping[str, Any], int | None]]

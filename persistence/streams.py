@@ -536,7 +536,14 @@ class Streams(Repository):
         if end is not None and not end.life and end.last.at < before and not dry_run:
             await self._store.coalescer.write(partition, [Delete(_HEAD, end.head)])
         for life, entry in await self._lives_over(partition):
-            body = self._store.unpack(self._parts, partition, entry)
+            try:
+                body = self._store.unpack(self._parts, partition, entry)
+            except CorruptRecordError:
+                # Nothing of this life is wanted: a new mark takes the place, and goes in its turn.
+                body = _PartBody(at=self._store.clock(), gone=True)
+                mark = Put(entry.key, pack(body), entry.version)
+                if not dry_run and not await self._store.coalescer.write(partition, [mark]):
+                    continue
             count = key_number(partition, _life_prefix(life), entry.key) + (not body.gone)
             first = await self._page(partition, life, 0, 1)
             if first and first[0].key < _part_key(life, count):

@@ -506,13 +506,7 @@ class DriverConformance:
             how = 0
             while not writers.done():
                 how += 1
-                if how % 2:
-                    found = [entry for entry in await driver.get([Key("p", key) for key in keys]) if entry]
-                else:
-                    found = (await driver.scan("p", "", None, limit=100, reverse=how % 4 == 0)).entries
-                _expect(len(found) in (0, len(keys)), f"{len(found)} of {len(keys)} keys are seen")
-                _expect(len({entry.version for entry in found}) <= 1, "two Writes are seen as one")
-                _expect(all(e.value == b"%d" % e.version for e in found), "a value has another's version")
+                await _seen_whole(driver, "p", keys, how)
                 await asyncio.sleep(0)
 
         async def scenario(*drivers: Driver) -> None:
@@ -610,7 +604,8 @@ class DriverConformance:
             async with asyncio.timeout(self.seconds):
                 await call
 
-        asyncio.run(main())
+        with _runner() as runner:
+            runner.run(main())
 
 
 class SharedDriverConformance(DriverConformance):
@@ -652,16 +647,6 @@ class SharedDriverConformance(DriverConformance):
             for each in zip(names, busy, strict=True)
         ]
 
-        async def look(driver: Driver, name: str, how: int) -> bool:
-            if how % 2:
-                found = [entry for entry in await driver.get([Key(name, key) for key in _FLIPPED]) if entry]
-            else:
-                found = (await driver.scan(name, "", None, limit=1000)).entries
-            _expect(len(found) in (0, len(_FLIPPED)), f"{len(found)} of {len(_FLIPPED)} keys are seen")
-            _expect(len({entry.version for entry in found}) <= 1, "two Writes are seen as one")
-            _expect(all(e.value == b"%d" % e.version for e in found), "a value has another's version")
-            return bool(found)
-
         async def scenario(driver: Driver) -> None:
             for child in children:
                 child.start()
@@ -672,7 +657,7 @@ class SharedDriverConformance(DriverConformance):
                 how += 1
                 _expect(all(child.is_alive() for child in children), "a process that only writes has failed")
                 for name in names:
-                    if await look(driver, name, how) and name not in begun:
+                    if await _seen_whole(driver, name, _FLIPPED, how) and name not in begun:
                         begun.add(name)
                         end = time.monotonic() + 0.5
                 await asyncio.sleep(0)
@@ -687,7 +672,7 @@ class SharedDriverConformance(DriverConformance):
                 child.join()
             for name in names:
                 for how in range(2):
-                    await look(driver, name, how)
+                    await _seen_whole(driver, name, _FLIPPED, how)
 
         try:
             self._with_driver(make_driver, scenario)
@@ -1042,7 +1027,7 @@ def _model(make_driver: MakeDriver, seconds: float) -> type[RuleBasedStateMachin
             self.prefix = f"model/{next(example)}/"  # the examples share a store
             self.memory = MemoryDriver()
             self.stack = AsyncExitStack()
-            self.loop = asyncio.Runner()
+            self.loop = _runner()
 
         @initialize()
         def open(self) -> None:
@@ -1325,6 +1310,18 @@ async def _everything(
             start = entries[-1].key + "!"
 
 
+async def _seen_whole(driver: Driver, name: str, keys: Sequence[str], how: int) -> bool:
+    """Read keys that each Write changes all at once, each time another way; tell whether they are there."""
+    if how % 2:
+        found = [entry for entry in await driver.get([Key(name, key) for key in keys]) if entry]
+    else:
+        found = (await driver.scan(name, "", None, limit=1000, reverse=how % 4 == 0)).entries
+    _expect(len(found) in (0, len(keys)), f"{len(found)} of {len(keys)} keys are seen")
+    _expect(len({entry.version for entry in found}) <= 1, "two Writes are seen as one")
+    _expect(all(e.value == b"%d" % e.version for e in found), "a value has another's version")
+    return bool(found)
+
+
 async def _partitions(driver: Driver, limit: int) -> set[str]:
     found: set[str] = set()
     cursor = None
@@ -1335,6 +1332,11 @@ async def _partitions(driver: Driver, limit: int) -> set[str]:
             break
     _expect(cursor is None, "the cursor of partitions never ends")
     return found
+
+
+def _runner() -> asyncio.Runner:
+    """Return one that leaves the thread's current event loop as it is: it may be another plugin's."""
+    return asyncio.Runner(loop_factory=asyncio.new_event_loop)
 
 
 async def _together(*calls: Coroutine[Any, Any, T]) -> list[T]:

@@ -32,6 +32,7 @@ class _Link:
     def __init__(self, *writers: asyncio.StreamWriter) -> None:
         self.writers = writers
         self.asking = False
+        self.forgotten = False
         for writer in writers:
             writer.transport.set_write_buffer_limits(0)  # so that drain() waits until all is sent
 
@@ -103,6 +104,11 @@ class Proxy:
         """Pass nothing on, in neither direction. Connections, new ones too, stay open and hang."""
         self._flowing.clear()
 
+    def forget(self) -> None:
+        """Pass nothing more on over the connections that are there, as a firewall does; new ones work."""
+        for link in self._links:
+            link.forgotten = True
+
     def refuse(self) -> None:
         """Refuse new connections. Those that are there go on."""
         if self._listener:
@@ -146,6 +152,8 @@ class Proxy:
                 if self.latency and flow is self._replies:
                     await asyncio.sleep(self.latency)
                 await self._flowing.wait()
+                if link.forgotten:
+                    continue
                 if writer.is_closing():  # cut while it was stalled
                     return
                 passed = chunk[: int(min(flow.budget, len(chunk)))]

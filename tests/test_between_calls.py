@@ -19,6 +19,7 @@ from persistence import (
     PersistenceError,
     create_persistence,
 )
+from persistence.driver import Key, Put, Write
 from persistence.drivers.memory import MemoryDriver
 
 SESSION = {"session_id": "s", "image_id": "i", "container_id": "c"}
@@ -493,3 +494,88 @@ async def test_a_deadline_on_its_way_is_found_though_its_hour_was_swept() -> Non
     await p.sessions.delete_expired()
     memory._partitions[hour] = on_its_way
     assert (await p.sessions.delete_expired()).sessions == 1
+
+
+async def test_what_another_adds_to_half_a_fork_while_it_is_ended_stays() -> None:
+    now, memory = 1_800_000_000_000, MemoryDriver()
+    between = Between(memory)
+    p = await create_persistence(between, clock=lambda: now)
+    q = await create_persistence(memory, clock=lambda: now)
+    await q.sessions.save_session(SESSION)
+    await q.sessions.add_messages("s", [{"n": n} for n in range(3)])
+    await q.sessions._copy("s", "f", None)  # and then it was killed
+    now += 2 * 3_600_000
+    between.when = lambda name, first: name == "commit" and first[0].partition == "session/f"
+    between.do = lambda: q.sessions.add_message("f", {"precious": 1})
+    assert (await p.repair()).forks_ended == 1
+    assert between.do is None
+    assert await q.sessions.get_messages("f") == [{"precious": 1}]
+
+
+async def test_a_fork_takes_all_its_copies_back_though_others_had_cleared_the_session_before() -> None:
+    between, a, b = await two()
+    await b.sessions.save_session(SESSION)
+    await b.sessions.add_messages("s", [{"n": n} for n in range(5)])
+
+    async def meanwhile() -> None:
+        await b.sessions.save_session(SESSION | {"session_id": "f"})
+        await b.sessions.add_message("f", {"n": 0})
+        await b.sessions.clear_messages("f")
+
+    between.after = True
+    between.when = lambda name, first: name == "scan" and first == "session/s"
+    between.do = meanwhile
+    with pytest.raises(ConflictError):
+        await a.sessions.fork_session("s", new_session_id="f")
+    assert between.do is None
+    assert await b.sessions.get_messages("f") == []
+
+
+async def test_a_delete_for_a_bad_head_leaves_a_good_one_as_it_is() -> None:
+    between, p, q = await two()
+    meta = await q.checkpoints.put("t", 1)
+    (head,) = await between.memory.get([Key("thread/t", "head")])
+    assert head is not None
+    await between.memory.commit([Write("thread/t", (Put("head", b"{"),), head.version)])
+
+    commits = 0
+
+    def second(name: str, first: Any) -> bool:
+        nonlocal commits
+        commits += name == "commit" and first[0].partition == "thread/t"
+        return commits == 2
+
+    async def put() -> None:
+        assert (await q.checkpoints.put("t", 2)).parent_id == meta.id
+        between.when, between.do, between.after = second, asyncio.Event().wait, False  # p dies
+
+    between.when, between.do, between.after = lambda name, first: name == "get", put, True
+    with pytest.raises(OutcomeUnknownError):
+        await p.checkpoints.delete("t", timeout=0.3)
+    assert await q.checkpoints.get("t") is None
+
+
+@pytest.mark.parametrize("how", ["delete", "repair"])
+async def test_a_fork_whose_copies_went_before_its_record_came_has_failed(how: str) -> None:
+    now, memory = 1_800_000_000_000, MemoryDriver()
+    between = Between(memory)
+    p = await create_persistence(between, clock=lambda: now)
+    q = await create_persistence(memory, clock=lambda: now)
+    await q.sessions.save_session(SESSION)
+    await q.sessions.add_messages("s", [{"n": n} for n in range(5)])
+
+    async def meanwhile() -> None:
+        nonlocal now
+        if how == "delete":
+            await q.sessions.delete_session("f")
+        else:  # p was stopped for as long as that
+            now += 2 * 3_600_000
+            assert (await q.repair()).forks_ended == 1
+
+    between.after = True
+    between.when = lambda name, first: name == "commit" and first[0].partition == "session/f"
+    between.do = meanwhile
+    with pytest.raises(ConflictError):
+        await p.sessions.fork_session("s", new_session_id="f")
+    assert between.do is None
+    assert not await q.sessions.session_exists("f")

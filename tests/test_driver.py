@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,6 +84,22 @@ def test_a_run_of_pytest_on_the_broken_driver_fails_without_plugins(tmp_path: Pa
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
     assert "test_racing_writes_fit_one_order" in run.stdout
+
+
+def test_the_suite_leaves_the_current_event_loop_to_others() -> None:
+    class Suite(DriverConformance):
+        examples = 1
+
+    driver = MemoryDriver()
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        Suite().test_get_answers_in_the_order_asked(lambda: driver)
+        Suite().test_random_calls_answer_as_the_memory_driver_does(lambda: driver)
+        assert asyncio.get_event_loop() is loop
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 suite = DriverConformance

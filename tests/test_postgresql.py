@@ -559,6 +559,46 @@ async def test_a_network_that_hangs_is_an_error_in_time_and_leaves_nothing_half_
         assert await driver.get([Key("p", "a")]) == [Entry("a", b"v", 1)]
 
 
+async def test_a_connection_that_hangs_after_the_login_is_an_error_in_time(
+    server: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = asyncpg.connect
+    shared = server("postgresql")
+    async with Proxy(shared.port) as proxy:
+
+        async def log_in_and_hang(**options: Any) -> Any:
+            connection = await connect(**options)
+            proxy.stall()
+            return connection
+
+        monkeypatch.setattr(asyncpg, "connect", log_in_and_hang)
+        driver = PostgreSQLDriver(shared.url_at(proxy.port), timeout=0.1)
+        async with asyncio.timeout(DEADLINE):
+            with pytest.raises(UnavailableError):
+                await driver.open()
+
+
+async def test_idle_connections_that_a_firewall_forgot_cost_one_time_out_and_not_one_each(
+    server: Servers,
+) -> None:
+    shared = server("postgresql")
+    async with Proxy(shared.port) as proxy, opened(shared.url_at(proxy.port), timeout=0.1) as driver:
+        await asyncio.gather(*(driver.get([Key("p", "a")]) for _ in range(4)))
+        assert proxy.connections > 2
+        proxy.forget()
+        with pytest.raises(UnavailableError):
+            await driver.get([Key("p", "a")])
+        assert await driver.get([Key("p", "a")]) == [None]
+
+
+async def test_a_server_that_refuses_to_write_has_written_nothing(server: Servers) -> None:
+    url = server("postgresql").url
+    async with opened(f"{url}?default_transaction_read_only=on") as driver:
+        with pytest.raises(UnavailableError, match="read-only") as caught:
+            await driver.commit([create("p")])
+    assert caught.value.unapplied
+
+
 async def test_a_restart_of_the_server_costs_a_delay(own_server: Servers) -> None:
     own = own_server("postgresql")
     async with opened(own.url) as driver:

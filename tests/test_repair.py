@@ -312,3 +312,40 @@ async def test_a_repair_that_is_cut_off_does_not_say_that_nothing_was_changed(
             await p.repair()  # the session has gone, its entry in the listing of "c" has not
         driver.cut = False
         assert (await p.repair()).sessions_expired == 0
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+async def test_a_delete_that_was_killed_takes_what_cannot_be_read_along(
+    timed: Persistence, monkeypatch: pytest.MonkeyPatch, saved_again: bool
+) -> None:
+    record = SessionRecord(session_id="s", image_id="i", container_id="c")
+    await timed.sessions.save_session(record)
+    await timed.sessions.add_messages("s", [{"n": n} for n in range(3)])
+    await commit(timed, "session/s", Put("message/000000000003", b'{"secret"'))
+    with monkeypatch.context() as patch:
+        patch.setattr(timed.sessions.log, "empty", killed)
+        with pytest.raises(asyncio.CancelledError):
+            await timed.sessions.delete_session("s")
+    if saved_again:
+        await timed.sessions.save_session(record)
+    report = await timed.repair()
+    assert (report.entries_emptied, report.corrupt) == (4 if saved_again else 3, [])
+
+
+async def killed(*args: object, **kwargs: object) -> None:
+    raise asyncio.CancelledError
+
+
+async def test_an_idempotency_key_that_cannot_be_read_is_forgotten_with_its_session(
+    timed: Persistence, clock: Clock
+) -> None:
+    await timed.sessions.save_session(SessionRecord(session_id="s", image_id="i", container_id="c"))
+    for key in ("k", "l"):
+        await timed.sessions.add_message("s", {}, idempotency_key=key)
+    await commit(timed, "session/s", Put("once/message/k", b"{"))
+    await timed.sessions.delete_session("s")
+    clock.now += 8 * DAY_MS
+    report = await timed.repair()
+    assert (report.tombstones_removed, report.corrupt) == (1, [])
+    assert (await timed.repair()).tombstones_removed == 0
+    assert (await timed._store.coalescer.scan("session/s", "", None, limit=9)).entries == []

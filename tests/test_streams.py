@@ -735,3 +735,20 @@ async def test_a_stream_that_went_on_after_its_deadline_was_noted_goes_at_a_late
         assert await p.streams.delete_expired() == 0  # which takes the first deadline with it
         now += hour
         assert await p.streams.delete_expired() == 1
+
+
+async def test_an_end_that_cannot_be_read_does_not_keep_repair_from_the_rest_of_a_stream() -> None:
+    clock, memory = Clock(), MemoryDriver()
+    async with create_persistence(memory, clock=clock) as p:
+        for _ in range(2):
+            await fill(p, 3)
+            await p.streams.delete("s")
+        mark = (await keys(p))[1]
+        assert await memory.commit([Write("stream/s", (Put(mark, b"{"),), 7)]) == [True]
+        clock.now += 25 * 3_600_000
+        report = await p.repair()
+        assert (report.corrupt, report.tombstones_removed) == ([], 1)
+        assert await keys(p) == [mark]  # as young as one just put
+        clock.now += 25 * 3_600_000
+        await p.repair()
+        assert await keys(p) == []
