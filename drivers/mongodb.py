@@ -168,6 +168,7 @@ class MongoDBDriver:
         self._namespace = check_namespace(namespace)
         journal = {"j": True} if check_durability(durability) == "power" else {}
         self._durable = WriteConcern("majority", **journal)
+        self.may_lose = not journal
         if isinstance(client, pymongo.MongoClient):
             raise ConfigurationError("mongodb: client must be an AsyncMongoClient, not a MongoClient")
         self._url = url_or_address(url, "mongodb", host, port)

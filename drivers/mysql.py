@@ -269,6 +269,7 @@ class MySQLDriver:
         self._table = f"`{table}`"
         self._first = f"{check_namespace(namespace)}/"
         self._durability = check_durability(durability)
+        self.may_lose = False  # found out by `open`
         self._create = create
         self._timeout = timeout
         self._session = _SESSION.format(lock_wait=max(1, int(timeout / 2)))
@@ -569,9 +570,10 @@ class MySQLDriver:
             raise ConfigurationError("mysql: READ COMMITTED needs binlog_format=ROW or MIXED on this server")
         if self._max_packet < _PACKET_BYTES:
             _log.warning("mysql: max_allowed_packet=%d: %s", self._max_packet, _PACKET_HINT)
-        if self._durability == "power":
-            for setting in ("innodb_flush_log_at_trx_commit", *(["sync_binlog"] if log else [])):
-                if found[setting] != "1":
+        for setting in ("innodb_flush_log_at_trx_commit", *(["sync_binlog"] if log else [])):
+            if found[setting] != "1":
+                self.may_lose = True
+                if self._durability == "power":
                     _log.warning("mysql: durability='power' needs %s=1; it is %s", setting, found[setting])
         rows = await self._fetch(_ENGINE.format(name=self._name))
         if not rows:

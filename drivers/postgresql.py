@@ -329,6 +329,7 @@ class PostgreSQLDriver:
         self._table = check_identifier(table, "table")
         self._first = f"{check_namespace(namespace)}/"
         self._durability = check_durability(durability)
+        self.may_lose = False  # found out by `open`
         self._create = create
         self._client = client
         self._pool_size = 1 if isinstance(client, asyncpg.Connection) else pool_size
@@ -588,6 +589,7 @@ class PostgreSQLDriver:
             )
         if pid != found["pid"]:
             await self._check_pooler()
+        self.may_lose = "off" in (found["fsync"], found["full_page_writes"], found["synchronous_commit"])
         if self._durability == "power":
             for setting in ("fsync", "full_page_writes", "synchronous_commit"):
                 if found[setting] == "off":

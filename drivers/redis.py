@@ -208,6 +208,7 @@ class RedisDriver:
         self._durability = check_durability(durability)
         self._given = client
         self._opened = False
+        self.may_lose = False  # found out by `open`
         options = {
             "socket_timeout": timeout,
             "socket_connect_timeout": connect_timeout,
@@ -360,7 +361,10 @@ class RedisDriver:
             fsync = (await self._link.ask(node, "CONFIG GET", "appendfsync"))["appendfsync"]
         except exceptions.ResponseError:
             _log.warning("redis: CONFIG is forbidden here: how durable writes are, its owner decides")
+            self.may_lose = True
             return
+        if not info["aof_enabled"] or fsync != "always" or info.get("connected_slaves"):
+            self.may_lose = True  # with a restart, or by failing over
         if not info["aof_enabled"] and not save:
             _log.warning(
                 "redis: neither AOF nor RDB is on: a restart of the server loses everything;"

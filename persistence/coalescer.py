@@ -348,6 +348,7 @@ class Coalescer:
         self._closed: asyncio.Future[None] | None = None  # done when the last public call has left
         self._closing: asyncio.Task[None] | None = None
         self.room = Room(_ROOM_BYTES)
+        self.may_lose: bool = getattr(driver, "may_lose", False)  # see `Driver`
 
     # ---- life
 
@@ -357,6 +358,7 @@ class Coalescer:
         opening = self.loop.create_task(self._driver.open())
         try:
             await asyncio.shield(opening)
+            self.may_lose = getattr(self._driver, "may_lose", False)
         except asyncio.CancelledError:
             # It must not reach the driver, which opens and then is closed.
             self.start(self._close_opened(opening))

@@ -160,7 +160,9 @@ class Driver(Protocol):
     may have under way at once (1 where it is missing: one at a time). Lanes
     are chosen by partition; Writes to one partition never overlap. Another,
     ``any_loop: bool``, says that it holds nothing that belongs to the event
-    loop it was opened on.
+    loop it was opened on. A third, ``may_lose: bool``, says once it is open that
+    its server may come back without the last Writes it acknowledged: then the
+    core asserts with each append, by a `Check`, that the one before is there.
     """
 
     async def open(self) -> None:

@@ -65,6 +65,11 @@ class EncryptedDriver:
         self.lanes: int = getattr(self._driver, "lanes", 1)
         self.any_loop: bool = getattr(self._driver, "any_loop", False)
 
+    @property
+    def may_lose(self) -> bool:
+        """See `Driver`."""
+        return getattr(self._driver, "may_lose", False)
+
     def __repr__(self) -> str:
         return f"encrypted({self._driver!r})"
 

@@ -31,7 +31,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from persistence.coalescer import CALL, RETRY_SECONDS, Call, Lodger, Tries, backoff, fail, outpaced
-from persistence.driver import ABSENT, MAX_WRITE_OPS, Delete, Entry, Key, Op, Put
+from persistence.driver import ABSENT, MAX_WRITE_OPS, Check, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
     CorruptRecordError,
@@ -123,7 +123,7 @@ class StoredItem(msgspec.Struct, frozen=True, gc=False):
     value: Any
 
 
-class Tail(msgspec.Struct, frozen=True, gc=False):
+class Tail(msgspec.Struct, gc=False):
     """What the greatest entry tells: all that an append needs."""
 
     number: int  # the greatest number, markers included; 0: nothing was ever appended
@@ -134,6 +134,7 @@ class Tail(msgspec.Struct, frozen=True, gc=False):
     since: float  # when it was true
     born: int = 0  # number of the marker after the last delete: what was before is another life
     expires: int | None = None  # milliseconds
+    version: int = ABSENT  # of the greatest entry
 
 
 class _Append(Lodger, eq=False):
@@ -450,15 +451,26 @@ class Log:
             if append.once is not None:
                 once = LogBody(n=firsts[-1], m=len(append.items), at=self._store.clock())
                 ops.append(Put(append.once, pack(once), append.once_version))
+        ops += self._follows(tail)
         calls = [append.call for append in batch if append.call is not None]
         for call in calls:
             call.sent = True  # in a numbered batch nobody can step back any more
         end = Tail(number, count, tail.marker, number, False, now, tail.born, tail.expires)
         self._store.coalescer.submit(partition, tuple(ops), _Flight(batch, firsts, end, landed), calls)
 
+    def _follows(self, tail: Tail) -> tuple[Check, ...]:
+        """Return what asserts that the end is still there, on a store that may have lost it.
+
+        What comes after a lost entry would leave a hole, which nobody could read over.
+        """
+        if not (self._store.coalescer.may_lose and tail.version):
+            return ()
+        return (Check(number_key(self._prefix, tail.number), tail.version),)
+
     def _arrive(self, partition: str, flight: _Flight, version: int, error: BaseException | None) -> bool:
         """Tell the callers how it went. False: refused, to be tried again."""
         if version:
+            flight.tail.version = version
             self._remember(partition, flight.tail)
             for append, first in zip(flight.batch, flight.firsts, strict=True):
                 if not append.future.done():
@@ -490,6 +502,7 @@ class Log:
                 calls = () if append.call is None else (append.call,)
                 for call in calls:
                     call.sent = True
+                ops += self._follows(tail)
                 written: asyncio.Future[int] = self._store.coalescer.loop.create_future()
                 self._store.coalescer.submit(partition, ops, written, calls)
                 version = await written
@@ -519,15 +532,15 @@ class Log:
     def _told_by(self, partition: str, entries: Sequence[Entry], since: float) -> Tail:
         if not entries:
             return Tail(0, 0, 0, 0, False, since)
-        body = self._unpack(partition, entries[0])
+        body, version = self._unpack(partition, entries[0]), entries[0].version
         number = self._number(partition, entries[0].key)
         if body.k == "entry" and 0 < body.n <= number and 0 <= body.m < number:
-            return Tail(number, body.n, body.m, number, False, since, body.b, body.e)
+            return Tail(number, body.n, body.m, number, False, since, body.b, body.e, version)
         if body.k in ("entry", "stub") or body.r is UNSET:
             message = "the greatest entry is neither an entry nor a marker"
             raise CorruptRecordError(message, partition=partition, key=entries[0].key)
         last = body.r[-1][1] if body.r else 0
-        return Tail(number, body.n, number, last, body.k == "delete", since, body.b, body.e)
+        return Tail(number, body.n, number, last, body.k == "delete", since, body.b, body.e, version)
 
     def gone(self, tail: Tail) -> bool:
         """Tell whether a sequence with this end was deleted, or has expired."""
@@ -891,7 +904,7 @@ async def _steadily(work: Callable[[], Awaitable[T]]) -> T:
         return await work()
     except (_ChangedError, MissingChunkError) as error:
         if str(error) in missing:
-            raise
+            raise CorruptRecordError(error.args[0], partition=error.partition, key=error.key) from error
         message = "it is changed faster than it can be read"
         raise UnavailableError(message, partition=error.partition) from error
 

@@ -30,7 +30,7 @@ from msgspec import UNSET, Raw
 from persistence.calls import Repository, public, public_change
 from persistence.coalescer import Tries, backoff
 from persistence.deadlines import Deadlines
-from persistence.driver import ABSENT, Delete, Entry, Key, Op, Put
+from persistence.driver import ABSENT, Check, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
     CorruptRecordError,
@@ -111,6 +111,7 @@ class _End(NamedTuple):
     parts: int
     last: _PartBody
     since: float
+    version: int = ABSENT  # of the last part
 
 
 class StreamRepair(NamedTuple):
@@ -325,11 +326,13 @@ class Streams(Repository):
             ops.append(Put(_HEAD, pack(_Head(id=stream_id, life=life)), end.head if end else ABSENT))
             if end is not None and end.life:
                 ops.append(self._mark(end))
+        elif self._store.coalescer.may_lose and live.version:  # after a lost one it would leave a hole
+            ops.append(Check(_part_key(life, index - 1), live.version))
         version = await self._store.coalescer.write(partition, ops)
         if not version:
             return None
         body.v = body.c = UNSET  # what is remembered must stay small
-        return _End(stream_id, life, version if live is None else live.head, index + 1, body, since)
+        return _End(stream_id, life, version if live is None else live.head, index + 1, body, since, version)
 
     def _alive(self, end: _End | None) -> _End | None:
         """Return `end` unless the stream was deleted, or has expired."""
@@ -371,7 +374,7 @@ class Streams(Repository):
             if not body.gone:
                 body.v = body.c = UNSET
                 parts = key_number(partition, _life_prefix(life), entry.key) + 1
-                return _End(head.id, life, version, parts, body, since)
+                return _End(head.id, life, version, parts, body, since, entry.version)
             await backoff(attempt)  # its head was read before the end of this life, the mark after it
         raise _restless(partition)
 

@@ -877,3 +877,46 @@ async def test_pages_of_long_messages_are_short(p: Persistence) -> None:
     assert await numbers(most=1, below=3, newest=True) == [2]
     assert await numbers() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [message["n"] for message in await p.sessions.get_messages("s")] == list(range(8))
+
+
+class Forgetful(MemoryDriver):
+    """A driver of a server that comes back without the last Writes it acknowledged."""
+
+    may_lose = True
+
+    async def lose(self, partition: str, *keys: str) -> None:
+        assert await self.commit([Write(partition, tuple(map(Delete, keys)), 5)]) == [True]
+
+
+@pytest.mark.parametrize("then", ["add", "clear", "delete", "save"])
+async def test_what_a_store_has_lost_leaves_no_hole(then: str) -> None:
+    store = Forgetful()
+    async with create_persistence(store) as p, create_persistence(store) as q:
+        await p.sessions.save_session(session())
+        await p.sessions.add_messages("s", [{"n": n} for n in range(3)])
+        for n in (3, 4):
+            await p.sessions.add_message("s", {"n": n}, idempotency_key=str(n))
+        await store.lose(SESSION, key(4), key(5), "once/message/3", "once/message/4")
+        left = [{"n": 0}, {"n": 1}, {"n": 2}]
+        if then == "add":
+            assert await p.sessions.add_message("s", {"n": 4}, idempotency_key="4") == 4
+            left.append({"n": 4})
+        elif then == "clear":
+            assert await p.sessions.clear_messages("s") == 3
+            left = []
+        elif then == "delete":
+            assert (await p.sessions.delete_session("s")).messages == 3
+            left = []
+        else:
+            await p.sessions.set_expiry("s", 10**14)
+        assert await q.sessions.get_messages("s") == left
+        if then != "delete":
+            await p.sessions.add_message("s", {"n": 9})
+            assert await q.sessions.get_messages("s") == [*left, {"n": 9}]
+
+
+async def test_only_a_store_that_may_lose_something_pays(p: Persistence, driver: RecordingDriver) -> None:
+    await p.sessions.add_message("s", {})
+    driver.forget()
+    await p.sessions.add_message("s", {})
+    assert [len(write.ops) for writes in driver.commits for write in writes] == [1]

@@ -15,6 +15,7 @@ import pytest
 import servers
 from proxy import Proxy
 
+from persistence import create_persistence
 from persistence.driver import ABSENT, PAGE_BYTES, Check, Delete, Entry, Key, Put, Write
 from persistence.drivers.postgresql import PostgreSQLDriver, from_url
 from persistence.errors import ConfigurationError, UnavailableError
@@ -609,6 +610,21 @@ async def test_a_restart_of_the_server_costs_a_delay(own_server: Servers) -> Non
         own.start()
         assert await eventually(lambda: driver.get([Key("p", "a")])) == [Entry("a", b"v", 1)]
         assert await driver.commit([create("q")]) == [True]
+
+
+async def test_what_a_restarted_server_has_lost_leaves_no_hole(own_server: Servers) -> None:
+    own = own_server("postgresql")
+    driver = PostgreSQLDriver(own.url, durability="process")
+    async with create_persistence(driver) as p:
+        assert driver.may_lose
+        for of in range(3):
+            for n in range(30):
+                await p.sessions.add_message(f"s{of}", {"n": n})
+            own.kill()
+            own.start()
+            last = await p.sessions.add_message(f"s{of}", {"n": 30})
+            found = await p.sessions.get_messages(f"s{of}")
+            assert found == [*({"n": n} for n in range(last - 1)), {"n": 30}]
 
 
 async def test_a_commit_under_cancellation_leaves_no_connection_behind(server: Servers) -> None:

@@ -15,9 +15,10 @@ import servers
 from proxy import Proxy
 from redis.asyncio import Redis, RedisCluster
 
+from persistence import create_persistence
 from persistence.driver import ABSENT, Check, Delete, Driver, Entry, Key, Put, Write
 from persistence.drivers.redis import RedisDriver, from_url
-from persistence.errors import ConfigurationError, CorruptRecordError, UnavailableError
+from persistence.errors import ConfigurationError, ConflictError, CorruptRecordError, UnavailableError
 
 Servers = Callable[..., Any]
 SECRET = "s3cr:t/p@ss"
@@ -185,6 +186,24 @@ async def test_a_listing_starts_again_when_the_server_restarted(own_server: Serv
             page, cursor = await eventually(lambda cursor=cursor: driver.partitions(cursor, 20))  # type: ignore[misc]
             rest += page
         assert set(rest) == {f"p{number}" for number in range(50)} > set(first)
+
+
+async def test_what_a_restarted_server_has_lost_leaves_no_hole(own_server: Servers) -> None:
+    machine = own_server("redis")
+    machine.command("CONFIG", "SET", "appendfsync", "everysec")
+    async with create_persistence(machine.url) as p:
+        for n in range(6):
+            await p.sessions.add_message("s", {"n": n})
+            await p.streams.append("x", n, n)
+            if n == 2:
+                machine.command("CONFIG", "SET", "appendonly", "no")
+        machine.kill()
+        machine.start()
+        assert await p.sessions.add_message("s", {"n": 6}) == 4
+        assert await p.sessions.get_messages("s") == [{"n": n} for n in (0, 1, 2, 6)]
+        with pytest.raises(ConflictError, match="the next index is 3"):
+            await p.streams.append("x", 6, 6)
+        assert await p.streams.get_parts("x") == [0, 1, 2]
 
 
 async def test_a_wrong_password_is_an_error_of_configuration_and_stays_secret(own_server: Servers) -> None:

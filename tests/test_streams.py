@@ -21,7 +21,7 @@ from persistence import (
     create_persistence,
 )
 from persistence.compat import ResumableStreamEventStore
-from persistence.driver import Entry, Key, Put, Write
+from persistence.driver import Delete, Entry, Key, Put, Write
 from persistence.drivers.memory import MemoryDriver
 from persistence.log import FORGET_SECONDS
 from persistence.streams import StreamMeta, Streams
@@ -752,3 +752,20 @@ async def test_an_end_that_cannot_be_read_does_not_keep_repair_from_the_rest_of_
         clock.now += 25 * 3_600_000
         await p.repair()
         assert await keys(p) == []
+
+
+class Forgetful(MemoryDriver):
+    may_lose = True
+
+
+async def test_a_part_that_the_store_has_lost_leaves_no_hole() -> None:
+    store = Forgetful()
+    async with create_persistence(store) as p, create_persistence(store) as q:
+        await fill(p, 4)
+        lost = [Delete(key) for key in await keys(p) if key.endswith(("/000000000002", "/000000000003"))]
+        assert await store.commit([Write("stream/s", tuple(lost), 5)]) == [True]
+        with pytest.raises(ConflictError, match="the next index is 2"):
+            await p.streams.append("s", 4, text(4))
+        await p.streams.append("s", 2, text(2))
+        await p.streams.append("s", 3, text(3))
+        assert await q.streams.get_parts("s") == [text(n) for n in range(4)]
