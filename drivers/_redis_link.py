@@ -46,7 +46,8 @@ _UNDONE = (
     exceptions.ClusterDownError,
 )
 _UNDONE_CODE = re.compile(r"\b(OOM|READONLY|NOREPLICAS|MISCONF|LOADING|CLUSTERDOWN)\b")
-_MISTAKES = ("Cluster mode is not enabled", "DB index is out of range")
+_NO_CLUSTER = "Cluster mode is not enabled"
+_MISTAKES = (_NO_CLUSTER, "DB index is out of range")
 
 Node: TypeAlias = "Redis | ClusterNode"
 
@@ -322,6 +323,8 @@ def _as_ours(error: Exception) -> PersistenceError:
     if (refused := untrusted(root, "redis", "ssl_ca_certs=")) is not None:
         return refused
     message = f"redis: {str(root) or 'no answer in time'}"
+    if str(root).startswith(_NO_CLUSTER):
+        message += "; for a single server use redis:// or rediss://"
     if isinstance(root, _REFUSALS) or str(root).startswith(_MISTAKES):
         return ConfigurationError(message)
     return unapplied(UnavailableError(message), certain=is_refusal(root))

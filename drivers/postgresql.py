@@ -295,8 +295,9 @@ class PostgreSQLDriver:
     fails. With a `client`, with ``statement_cache_size=0``, and behind a pooler, sessions are not touched:
     "process" then keeps what "power" does, and `open` warns where ``synchronous_commit`` is off.
 
-    Behind PgBouncer, session pooling works as it is, transaction pooling with ``statement_cache_size=0``;
-    `open` tells. Statement pooling cannot work, and `open` refuses it.
+    Behind PgBouncer, session pooling works where each process gets `pool_size` server connections,
+    transaction pooling with ``statement_cache_size=0``; `open` tells. Statement pooling cannot work, and
+    `open` refuses it.
     """
 
     def __init__(

@@ -84,7 +84,12 @@ URL = Annotated[str, typer.Argument(metavar="URL", envvar="PERSISTENCE_URL", hel
 MaybeURL = Annotated[
     str | None, typer.Argument(metavar="URL", help="The store. [env var: PERSISTENCE_URL]")
 ]  # before another argument: whoever gives one alone means that other
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON, exactly what is stored, for programs.")]
+AsJSON = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print JSON for programs: values as they are stored, reports with all their counts."
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
