@@ -628,7 +628,9 @@ class PostgreSQLDriver:
             raise ConfigurationError(message)
         # IF NOT EXISTS fails when two do it at once, and CREATE SCHEMA wants a right even if there is one.
         schema = "" if schema_exists else self._ddl[0]
-        statements = f"SELECT pg_advisory_xact_lock({_CREATING});\n{schema}{self._ddl[1]}"
+        # The table is to outlive a crash whatever `durability` says.
+        begin = f"SELECT set_config('synchronous_commit', 'on', true), pg_advisory_xact_lock({_CREATING});"
+        statements = f"{begin}\n{schema}{self._ddl[1]}"
         try:
             await self._run(lambda connection: connection.execute(statements))
         except PersistenceError as error:
