@@ -289,7 +289,9 @@ async def _exchange(connection: AbstractConnection, packet: Sequence[bytes], tim
                 except exceptions.ResponseError as refusal:
                     replies.append(refusal)
     except (exceptions.RedisError, OSError) as failure:
-        replies += [failure] * (len(packet) - len(replies))
+        # What it says of one command holds for no other: a server that was loading may have run the next.
+        unread = exceptions.ConnectionError(f"no answer, after: {failure}")
+        replies += [failure, *[unread] * len(packet)][: len(packet) - len(replies)]
         await connection.disconnect()  # it may hold replies that nobody will read
     finally:
         connection.socket_timeout = limit

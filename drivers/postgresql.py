@@ -167,7 +167,7 @@ _FOUND = """
 SELECT to_regnamespace($1) IS NOT NULL AS schema, to_regclass($2) IS NOT NULL AS table,
   current_setting('synchronous_commit') AS synchronous_commit, current_setting('fsync') AS fsync,
   current_setting('full_page_writes') AS full_page_writes, pg_is_in_recovery() AS standby,
-  pg_backend_pid() AS pid
+  EXISTS (SELECT FROM pg_stat_replication) AS followed, pg_backend_pid() AS pid
 """
 # Nothing is set where a pooler is in between, whose process is not the one that answers: others share it.
 _SESSION = """
@@ -590,7 +590,12 @@ class PostgreSQLDriver:
             )
         if pid != found["pid"]:
             await self._check_pooler()
-        self.may_lose = "off" in (found["fsync"], found["full_page_writes"], found["synchronous_commit"])
+        # With its machine, or by failing over to a standby that lags behind.
+        self.may_lose = found["followed"] or "off" in (
+            found["fsync"],
+            found["full_page_writes"],
+            found["synchronous_commit"],
+        )
         if self._durability == "power":
             for setting in ("fsync", "full_page_writes", "synchronous_commit"):
                 if found[setting] == "off":

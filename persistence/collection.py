@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
@@ -19,7 +20,7 @@ from weakref import WeakValueDictionary
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from persistence.coalescer import Tries
+from persistence.coalescer import RETRY_SECONDS, Tries
 from persistence.driver import ABSENT, MAX_GET_KEYS, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
@@ -27,6 +28,8 @@ from persistence.errors import (
     InvalidKeyError,
     InvalidValueError,
     NotFoundError,
+    OutcomeUnknownError,
+    UnavailableError,
 )
 from persistence.keys import after, encode_id, newest_first, prefix_end
 from persistence.records import Record
@@ -131,6 +134,29 @@ class Loaded(Generic[R]):
         return self.record is not None or self.fault is not None
 
 
+class _Turn:
+    """Those of this process who update a record, one by one."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._fault: str | None = None  # why the last one had no answer of the store
+
+    @asynccontextmanager
+    async def taken(self, partition: str) -> AsyncIterator[None]:
+        """Wait for the turn; where the store answers nobody, not as long as all before one together."""
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        async with self._lock:
+            if self._fault is not None and loop.time() - asked >= RETRY_SECONDS:
+                raise UnavailableError(self._fault, partition=partition)
+            self._fault = None
+            try:
+                yield
+            except (UnavailableError, OutcomeUnknownError) as error:
+                self._fault = f"an earlier update of it failed: {error}"
+                raise
+
+
 class Collection(Generic[R]):
     """The records of one kind."""
 
@@ -140,7 +166,7 @@ class Collection(Generic[R]):
         self._records = msgspec.json.Decoder(RecordBody)
         self._plain = _plain_decoder(kind.type)
         self.hint_decoder = msgspec.json.Decoder(HintBody)
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of who updates
+        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()  # of who updates
 
     # ---- one record
 
@@ -263,8 +289,8 @@ class Collection(Generic[R]):
         partition = self.kind.partition(id)
         turn = self._turns.get(partition)
         if turn is None:
-            turn = self._turns[partition] = asyncio.Lock()
-        async with turn:  # those of this process one by one: of many at once all but one would be refused
+            turn = self._turns[partition] = _Turn()
+        async with turn.taken(partition):  # of many at once all but one would be refused
             tries = Tries(partition)
             while True:
                 record = await self.find(id)

@@ -798,6 +798,9 @@ class Log:
         overwritten too.
         """
         emptied = 0
+        guard = await self._hiding(partition, spans) if self._store.coalescer.may_lose else ()
+        if guard is None:
+            return 0
         for low, high in spans:
             async for entries in self._pages(partition, self._key(low), self._key(high + 1)):
                 full: list[tuple[Entry, LogBody]] = []
@@ -814,16 +817,31 @@ class Log:
                     emptied += len(full)
                 elif full:
                     stub = pack(LogBody(at=self._store.clock(), k="stub"))
-                    # One Write for all; what is refused somebody else has emptied just now.
-                    done = await asyncio.gather(
-                        *(
-                            self._store.coalescer.write(partition, [Put(entry.key, stub, entry.version)])
-                            for entry, _ in full
-                        )
-                    )
-                    emptied += sum(1 for version in done if version)
-                    await self._store.drop_chunks(partition, (body.c for _, body in full))
+                    puts = [Put(entry.key, stub, entry.version) for entry, _ in full]
+                    if guard:  # refused: the marker is lost, or others empty the same; `repair` goes on
+                        parts = [puts[at : at + _PAGE] for at in range(0, len(puts), _PAGE)]
+                    else:  # One Write for all; what is refused somebody else has emptied just now.
+                        parts = [[put] for put in puts]
+                    writes = (self._store.coalescer.write(partition, [*part, *guard]) for part in parts)
+                    done = await asyncio.gather(*writes)
+                    emptied += sum(len(part) for part, version in zip(parts, done, strict=True) if version)
+                    if all(done) or not guard:
+                        await self._store.drop_chunks(partition, (body.c for _, body in full))
         return emptied
+
+    async def _hiding(self, partition: str, spans: Sequence[Span]) -> tuple[Check, ...] | None:
+        """Return what asserts that the marker is still there which hides `spans`; None if they are visible.
+
+        A stub must not outlive it: as the greatest entry it would tell nothing.
+        """
+        tail = await self.tail(partition)
+        (entry,) = await self._store.coalescer.get([Key(partition, self._key(tail.marker))])
+        if entry is None or (entry.version != tail.version and tail.number == tail.marker):
+            return None
+        visible = await self.spans(partition, tail, {tail.marker: entry})
+        if any(_within(visible, low, high) for low, high in spans):
+            return None
+        return (Check(entry.key, entry.version),)
 
     async def drop_stubs(
         self, partition: str, spans: Sequence[Span], before: int, *, dry_run: bool = False

@@ -21,7 +21,9 @@ from persistence.errors import (
     CorruptRecordError,
     InvalidValueError,
     NotFoundError,
+    OutcomeUnknownError,
     PersistenceError,
+    UnavailableError,
 )
 from persistence.ids import as_ms
 from persistence.keys import MAX_NUMBER, encode_id
@@ -426,8 +428,12 @@ class Sessions(Repository):
     ) -> int:
         """Do what `save_session` does; `ConflictError` if it is `forked` and something of it was hidden."""
 
+        replaced = 0
+
         async def write(current: Loaded[SessionRecord], put: Put) -> int | None:
             async def make(tail: Tail) -> tuple[Op, ...]:
+                nonlocal replaced
+                replaced = tail.marker if sooner and not tail.deleted else 0
                 if forked and tail.marker:
                     message = "messages of it were removed while it was forked"
                     raise ConflictError(message, partition=partition)
@@ -453,12 +459,16 @@ class Sessions(Repository):
                 message = f"expires_at={expires_at!r:.80}: a record has Unix milliseconds"
                 raise InvalidValueError(message)
             await self._deadlines.put(partition, as_ms(expires_at, "expires_at"))
-        return await self.records.save(
+        version = await self.records.save(
             record,
             expected_version=expected_version,
             write=write,
             expire=partial(self._delete, only=self.records.expired),
         )
+        if replaced:
+            with suppress(UnavailableError, OutcomeUnknownError):  # it is saved; `repair` does the rest
+                await self.log.empty(partition, [(replaced, replaced)])
+        return version
 
     async def _expires_at(self, partition: str) -> int | None:
         record = (await self.records.load_partition(partition)).record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -913,6 +913,26 @@ async def test_what_a_store_has_lost_leaves_no_hole(then: str) -> None:
         if then != "delete":
             await p.sessions.add_message("s", {"n": 9})
             assert await q.sessions.get_messages("s") == [*left, {"n": 9}]
+
+
+async def test_no_entry_is_emptied_after_the_store_has_lost_the_marker_that_hid_it() -> None:
+    class Sudden(Forgetful):
+        sudden = True
+
+        async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+            if self.sudden and any(b'"stub"' in getattr(op, "value", b"") for w in writes for op in w.ops):
+                self.sudden = False
+                await self.lose(SESSION, key(4))
+            return await super().commit(writes)
+
+    async with create_persistence(Sudden()) as p:
+        messages = [{"n": n} for n in range(3)]
+        await p.sessions.add_messages("s", messages)
+        await p.sessions.clear_messages("s")
+        assert await p.sessions.get_messages("s") == messages
+        await p.sessions.add_message("s", {"n": 3})
+        assert await p.sessions.clear_messages("s") == 4
+        assert await p.sessions.get_messages("s") == []
 
 
 async def test_only_a_store_that_may_lose_something_pays(p: Persistence, driver: RecordingDriver) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -625,6 +626,29 @@ async def test_what_a_restarted_server_has_lost_leaves_no_hole(own_server: Serve
             last = await p.sessions.add_message(f"s{of}", {"n": 30})
             found = await p.sessions.get_messages(f"s{of}")
             assert found == [*({"n": n} for n in range(last - 1)), {"n": 30}]
+
+
+async def test_a_server_with_a_standby_may_lose_what_that_has_not_got_yet(
+    own_server: Servers, tmp_path: Path
+) -> None:
+    own = own_server("postgresql")
+    async with opened(own.url) as driver:
+        assert not driver.may_lose
+    source = f"host=127.0.0.1 port={own.port} user=postgres password='{servers.PASSWORD}'"
+    receive = own._bin() / "pg_receivewal"  # it asks for the log, as a standby does
+    standby = await asyncio.create_subprocess_exec(receive, "-D", tmp_path, "-d", source, "--no-loop")
+    try:
+
+        async def followed() -> bool:
+            async with opened(own.url) as driver:
+                if not driver.may_lose:
+                    raise UnavailableError("not yet")
+                return driver.may_lose
+
+        assert await eventually(followed)
+    finally:
+        standby.terminate()
+        await standby.wait()
 
 
 async def test_a_commit_under_cancellation_leaves_no_connection_behind(server: Servers) -> None:

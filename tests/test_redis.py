@@ -13,10 +13,12 @@ import pytest
 import redis
 import servers
 from proxy import Proxy
+from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
 
 from persistence import create_persistence
 from persistence.driver import ABSENT, Check, Delete, Driver, Entry, Key, Put, Write
+from persistence.drivers._redis_link import _exchange, is_refusal
 from persistence.drivers.redis import RedisDriver, from_url
 from persistence.errors import ConfigurationError, ConflictError, CorruptRecordError, UnavailableError
 
@@ -537,3 +539,20 @@ def test_it_is_a_driver() -> None:
 
 def _client(driver: RedisDriver) -> Redis:
     return cast("Redis", driver._link._client)
+
+
+async def test_a_server_that_is_loading_refuses_the_command_it_says_so_of_and_no_other() -> None:
+    class Loading:
+        socket_timeout = 1
+
+        async def connect(self) -> None: ...
+
+        async def disconnect(self) -> None: ...
+
+        async def send_packed_command(self, packet: object) -> None: ...
+
+        async def read_response(self, *, disable_decoding: bool) -> bytes:
+            raise exceptions.BusyLoadingError("LOADING Redis is loading the dataset in memory")
+
+    replies = await _exchange(cast("Any", Loading()), [b"first", b"second", b"third"], 1)
+    assert [is_refusal(reply) for reply in replies] == [True, False, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -25,9 +26,11 @@ from persistence import (
     PrototypeRecord,
     SessionRecord,
     StoredMessage,
+    UnavailableError,
     create_persistence,
     memory_driver,
 )
+from persistence.driver import Entry, Key
 from persistence.testing import MakeDriver
 
 HOSTILE_IDS = [
@@ -281,6 +284,33 @@ async def test_many_updates_of_one_record_at_once_take_turns() -> None:
         assert found.metadata == {f"k{n}": n for n in range(100)}
         writes = [write for writes in driver.commits for write in writes if write.partition == "image/img_1"]
         assert len(writes) == 100
+
+
+async def test_updates_of_one_record_do_not_wait_for_each_other_on_a_store_that_is_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Down(RecordingDriver):
+        down = False
+
+        async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+            if self.down:
+                raise UnavailableError("down")
+            return await super().get(keys)
+
+    for module in ("coalescer", "collection"):
+        monkeypatch.setattr(f"persistence.{module}.RETRY_SECONDS", 0.3)
+    driver = Down()
+    async with create_persistence(driver) as p:
+        await p.images.save_image(image())
+        driver.down = True
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        updates = [p.images.update_metadata("img_1", {f"k{n}": n}) for n in range(10)]
+        errors = await asyncio.gather(*updates, return_exceptions=True)
+        assert {type(error) for error in errors} == {UnavailableError}
+        assert loop.time() - begun < 2
+        driver.down = False
+        assert (await p.images.update_metadata("img_1", {"k": 1})).metadata == {"k": 1}
 
 
 async def test_the_session_of_an_image_is_its_most_recent(p: Persistence) -> None:
