@@ -347,16 +347,20 @@ async def test_a_slow_delete_takes_away_no_newer_default() -> None:
 
 async def test_a_time_out_says_how_many_messages_are_stored() -> None:
     _, p, _ = await two()
-    real = p._driver.commit
+    real, calls, answer = p._driver.commit, 0, asyncio.Event()
 
-    async def slow(writes: Any) -> Any:
-        await asyncio.sleep(0.1)
+    async def hanging(writes: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            await answer.wait()
         return await real(writes)
 
-    p._driver.commit = slow  # type: ignore[method-assign]
+    p._driver.commit = hanging  # type: ignore[method-assign]
     with pytest.raises(OutcomeUnknownError) as caught:
-        await p.sessions.add_messages("s", [{}] * 5000, timeout=0.25)
+        await p.sessions.add_messages("s", [{}] * 5000, timeout=1)
     assert caught.value.stored == 1800
+    answer.set()
 
 
 async def test_a_sweep_leaves_the_deadline_of_who_is_still_saving() -> None:
