@@ -348,7 +348,7 @@ class Coalescer:
         self._closed: asyncio.Future[None] | None = None  # done when the last public call has left
         self._closing: asyncio.Task[None] | None = None
         self.room = Room(_ROOM_BYTES)
-        self.may_lose: bool = getattr(driver, "may_lose", False)  # see `Driver`
+        self.may_lose = False  # see `Driver`, which knows once it is open
 
     # ---- life
 

@@ -45,6 +45,7 @@ __all__ = [
     "Place",
     "RecordBody",
     "check_cursor",
+    "next_page",
 ]
 
 RECORD = "record"
@@ -69,6 +70,15 @@ def check_cursor(cursor: str | None) -> None:
     if cursor is not None and (not isinstance(cursor, str) or not _CURSOR.fullmatch(cursor)):
         message = f"cursor={cursor!r:.80}: use the cursor of an earlier page"
         raise InvalidKeyError(message)
+
+
+def next_page(limit: int | None, found: int, read: int) -> int:
+    """Return how many entries of a listing to read next, having `read` some and `found` fewer of use.
+
+    One more than is missing, and as many again as were read in vain: thousands
+    that have expired may come first.
+    """
+    return MAX_GET_KEYS if limit is None else min(limit - found + 1 + (read - found), MAX_GET_KEYS)
 
 
 class RecordBody(Body):
@@ -280,11 +290,11 @@ class Collection(Generic[R]):
         change: Callable[[R], None],
         *,
         missing: str,
-        save: Callable[[R, int], Awaitable[int]] | None = None,
+        save: Callable[..., Awaitable[int]] | None = None,
     ) -> R:
         """Read, change and save a record until nobody interferes; return it as saved.
 
-        `save` is given the version that is to be replaced; by default it is `self.save`.
+        `save` is called as `self.save` is, which is the default.
         """
         partition = self.kind.partition(id)
         turn = self._turns.get(partition)
@@ -298,10 +308,7 @@ class Collection(Generic[R]):
                     raise NotFoundError(missing, partition=partition)
                 change(record)
                 try:
-                    if save is not None:
-                        record.version = await save(record, record.version)
-                    else:
-                        record.version = await self.save(record, expected_version=record.version)
+                    record.version = await (save or self.save)(record, expected_version=record.version)
                 except ConflictError:
                     await tries.another()
                 else:
@@ -372,11 +379,8 @@ class Collection(Generic[R]):
         found: Listing[R] = Listing(cursor=cursor)
         read = 0
         while limit is None or len(found) < limit:
-            in_vain = read - len(found)  # read as many more: thousands that expired may come first
-            wanted = MAX_GET_KEYS if limit is None else limit - len(found) + 1 + in_vain
-            page = await self.store.coalescer.scan(
-                place.partition, start, end, limit=min(wanted, MAX_GET_KEYS)
-            )
+            wanted = next_page(limit, len(found), read)
+            page = await self.store.coalescer.scan(place.partition, start, end, limit=wanted)
             read += len(page.entries)
             hints = [self.store.unpack(self.hint_decoder, place.partition, entry) for entry in page.entries]
             records = await self.find_many([hint.id for hint in hints], expired=expired)

@@ -517,11 +517,15 @@ class Log:
     async def tail(self, partition: str) -> Tail:
         """Read the end of the sequence: one round trip."""
         since = steady_seconds()
-        page = await self._store.coalescer.scan(partition, self._prefix, self._end, limit=1, reverse=True)
-        tail = await self._tail_of(partition, page.entries, since)
+        tail = await self._tail_of(partition, await self._greatest(partition), since)
         if partition not in self._queues:  # who appends there knows better
             self._remember(partition, tail)
         return tail
+
+    async def _greatest(self, partition: str) -> list[Entry]:
+        """Return the greatest entry, if there is one."""
+        page = await self._store.coalescer.scan(partition, self._prefix, self._end, limit=1, reverse=True)
+        return page.entries
 
     async def _tail_of(self, partition: str, entries: Sequence[Entry], since: float) -> Tail:
         tail = self._told_by(partition, entries, since)
@@ -770,8 +774,8 @@ class Log:
 
         Returns the version, `ABSENT` if it was refused.
         """
-        page = await self._store.coalescer.scan(partition, self._prefix, self._end, limit=1, reverse=True)
-        number = self._number(partition, page.entries[0].key) if page.entries else 0
+        entries = await self._greatest(partition)
+        number = self._number(partition, entries[0].key) if entries else 0
         self._tails.pop(partition, None)
         end = Tail(number, 0, 0, 0, False, steady_seconds())
         return await self._store.coalescer.write(partition, [put, self.marker(end, "delete", [])])

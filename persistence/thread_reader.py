@@ -25,7 +25,7 @@ from msgspec import Raw
 
 from persistence import codec
 from persistence.coalescer import backoff
-from persistence.collection import HintBody, Place
+from persistence.collection import HintBody, Place, next_page
 from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, MAX_GET_KEYS, Entry, Key
 from persistence.errors import CorruptRecordError
@@ -455,11 +455,8 @@ class ThreadReader:
         found: list[HeadBody] = []
         read = 0
         while True:
-            in_vain = read - len(found)  # read as many more: thousands that expired may come first
-            wanted = MAX_GET_KEYS if limit is None else limit - len(found) + 1 + in_vain
-            page = await self.store.coalescer.scan(
-                place.partition, start, None, limit=min(wanted, MAX_GET_KEYS)
-            )
+            wanted = next_page(limit, len(found), read)
+            page = await self.store.coalescer.scan(place.partition, start, None, limit=wanted)
             read += len(page.entries)
             ids = [self.store.unpack(self.hint_decoder, place.partition, e).id for e in page.entries]
             heads = await self.store.coalescer.get([Key(self.partition(id), HEAD) for id in ids])

@@ -21,6 +21,7 @@ from persistence import (
 )
 from persistence.driver import Key, Put, Write
 from persistence.drivers.memory import MemoryDriver
+from persistence.ids import Clock, now_ms
 
 SESSION = {"session_id": "s", "image_id": "i", "container_id": "c"}
 PROVIDER = {"id": "p", "container_id": "c", "name": "n", "vendor": "v", "protocol": "o", "api_key": "k"}
@@ -70,10 +71,11 @@ class Between:
         return await self._call("partitions", *args)
 
 
-async def two() -> tuple[Between, Persistence, Persistence]:
+async def two(clock: Clock = now_ms) -> tuple[Between, Persistence, Persistence]:
     memory = MemoryDriver()
     between = Between(memory)
-    return between, await create_persistence(between), await create_persistence(memory)
+    opened = [await create_persistence(driver, clock=clock) for driver in (between, memory)]
+    return between, opened[0], opened[1]
 
 
 async def test_a_long_message_is_repeated_at_once() -> None:
@@ -501,10 +503,8 @@ async def test_a_deadline_on_its_way_is_found_though_its_hour_was_swept() -> Non
 
 
 async def test_what_another_adds_to_half_a_fork_while_it_is_ended_stays() -> None:
-    now, memory = 1_800_000_000_000, MemoryDriver()
-    between = Between(memory)
-    p = await create_persistence(between, clock=lambda: now)
-    q = await create_persistence(memory, clock=lambda: now)
+    now = 1_800_000_000_000
+    between, p, q = await two(lambda: now)
     await q.sessions.save_session(SESSION)
     await q.sessions.add_messages("s", [{"n": n} for n in range(3)])
     await q.sessions._copy("s", "f", None)  # and then it was killed
@@ -561,10 +561,8 @@ async def test_a_delete_for_a_bad_head_leaves_a_good_one_as_it_is() -> None:
 
 @pytest.mark.parametrize("how", ["delete", "repair"])
 async def test_a_fork_whose_copies_went_before_its_record_came_has_failed(how: str) -> None:
-    now, memory = 1_800_000_000_000, MemoryDriver()
-    between = Between(memory)
-    p = await create_persistence(between, clock=lambda: now)
-    q = await create_persistence(memory, clock=lambda: now)
+    now = 1_800_000_000_000
+    between, p, q = await two(lambda: now)
     await q.sessions.save_session(SESSION)
     await q.sessions.add_messages("s", [{"n": n} for n in range(5)])
 
