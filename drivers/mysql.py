@@ -26,6 +26,7 @@ import logging
 import random
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from ssl import SSLContext, create_default_context
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -175,16 +176,8 @@ _RETRIED = {1205, 1213, _DUPLICATE}  # lock wait timeout, deadlock, a key that w
 # And all below 1000, and 2000 to 2999. With 1290 and 1836 the server is a primary no longer.
 _BROKEN = {1053, 1152, 1158, 1159, 1160, 1161, 1290, 1317, 1836, 1927, 3169, 4031}
 _BUSY = {1021, 1040, 1041, 1047, 1114, 1129, 1203, 1205, 1213, 1226, 1792, 1969, 3024, _DUPLICATE}
-_UNDONE = _RETRIED | {
-    1021,
-    1114,
-    1226,
-    1290,
-    1792,
-    1836,
-    1969,
-    3024,
-}  # what the server says instead of doing it
+# What the server says instead of doing it.
+_UNDONE = _RETRIED | {1021, 1114, 1226, 1290, 1792, 1836, 1969, 3024}
 _CORRUPT = {1034, 1194, 1195, 1712, 1877}
 _FORBIDDEN = {1044, 1142, 1227}
 _NO_TRANSACTIONS = {"MyISAM", "Aria", "MEMORY", "CSV", "ARCHIVE", "MRG_MyISAM", "BLACKHOLE"}
@@ -523,6 +516,8 @@ class MySQLDriver:
                 finally:
                     self._slots.release()
             except _FAILURES as error:
+                if isinstance(error, TimeoutError):
+                    await _drop_idle(pool)  # a firewall that forgot this connection has forgotten them, too
                 late = asyncio.get_running_loop().time() > deadline
                 if late or _code(error) not in _RETRIED:
                     raise unapplied(_translated(error), certain=_code(error) in _UNDONE) from error
@@ -664,6 +659,12 @@ async def _make_pool(size: int, options: dict[str, Any]) -> Any:
                 self._acquiring -= 1
 
     return Pool(minsize=0, maxsize=size, echo=False, pool_recycle=-1, loop=loop, **options)
+
+
+async def _drop_idle(pool: Any) -> None:
+    with suppress(*_FAILURES):  # such as a pool that is busy connecting: it has none then
+        async with asyncio.timeout(_GRACE):
+            await pool.clear()
 
 
 def _cursor_of(pool: Any) -> Any:

@@ -607,6 +607,19 @@ async def test_a_network_that_hangs_is_an_error_in_time_and_leaves_nothing_half_
         assert await driver.get([Key("p", "a")]) == [Entry("a", b"v", 1)]
 
 
+async def test_idle_connections_that_a_firewall_forgot_cost_one_time_out_and_not_one_each(
+    on: ModuleType, server: Servers
+) -> None:
+    shared = server("mysql")
+    async with Proxy(shared.port) as proxy, opened(on, shared.url_at(proxy.port), timeout=1) as driver:
+        await asyncio.gather(*(driver.get([Key("p", "a")]) for _ in range(4)))
+        assert proxy.connections > 2
+        proxy.forget()
+        with pytest.raises(UnavailableError):
+            await driver.get([Key("p", "a")])
+        assert await driver.get([Key("p", "a")]) == [None]
+
+
 async def test_a_restart_of_the_server_costs_a_delay(on: ModuleType, own_server: Servers) -> None:
     own = own_server("mysql")
     async with opened(on, own.url) as driver:
