@@ -86,6 +86,7 @@ _WINDOW = 8_000  # names that one answer can hold, however long they are
 _PAGE = 5_000  # entries that it can hold, however long their names, with PAGE_BYTES of values
 _PURGE_STEP = 5_000
 _ABANDONED = 3.0  # seconds in which nothing was done in a transaction
+_IDLE_MS = 60_000  # after which a connection is renewed: firewalls forget those of some minutes
 _OURS = DriverInfo("agent-persistence")  # tells the server whose connections these are
 _FILES = ("tlsCAFile", "tlsCertificateKeyFile", "tlsCRLFile")
 _OPTIONS: dict[str, Callable[[str], Any]] = {
@@ -186,6 +187,7 @@ class MongoDBDriver:
             "driver": _OURS,
             "serverSelectionTimeoutMS": int(connect_timeout * 1000),
             "connectTimeoutMS": int(connect_timeout * 1000),
+            "maxIdleTimeMS": _IDLE_MS,
             "maxPoolSize": pool_size,
             **({} if user is None else {"username": user}),
             **({} if password is None else {"password": password}),

@@ -392,6 +392,20 @@ async def test_a_write_whose_reply_is_lost_is_applied_once(server: Servers, ops:
             assert await driver.commit([Write("p", puts, 2 + number)]) == [True]
 
 
+async def test_connections_that_have_long_been_idle_are_not_trusted(
+    server: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mongodb, "_IDLE_MS", 20)
+    shared = server("mongodb")
+    async with Proxy(shared.port) as proxy, opened(shared.url_at(proxy.port)) as driver:
+        await asyncio.gather(*(driver.get([Key("p", "a")]) for _ in range(4)))
+        assert proxy.connections > 4
+        proxy.forget()  # as a firewall does
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(1):
+            assert await driver.get([Key("p", "a")]) == [None]
+
+
 async def test_the_same_driver_works_after_the_server_was_killed(own_server: Servers) -> None:
     machine = own_server("mongodb")
     async with opened(machine.url, connect_timeout=0.5, timeout=3) as driver:
