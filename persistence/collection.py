@@ -145,7 +145,7 @@ class Loaded(Generic[R]):
 
 
 class _Turn:
-    """Those of this process who update a record, one by one."""
+    """Those of this process who change a record, one by one."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
@@ -163,7 +163,7 @@ class _Turn:
             try:
                 yield
             except (UnavailableError, OutcomeUnknownError) as error:
-                self._fault = f"an earlier update of it failed: {error}"
+                self._fault = f"an earlier change of it failed: {error}"
                 raise
 
 
@@ -176,7 +176,7 @@ class Collection(Generic[R]):
         self._records = msgspec.json.Decoder(RecordBody)
         self._plain = _plain_decoder(kind.type)
         self.hint_decoder = msgspec.json.Decoder(HintBody)
-        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()  # of who updates
+        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()  # of who changes it
 
     # ---- one record
 
@@ -242,6 +242,19 @@ class Collection(Generic[R]):
             raise InvalidValueError(message)
         record = self._checked(record)
         partition = self.kind.partition(self.kind.id_of(record))
+        if expected_version is not None:
+            return await self._save(record, partition, expected_version, write, expire)
+        async with self._turn(partition).taken(partition):  # of many at once all but one would be refused
+            return await self._save(record, partition, None, write, expire)
+
+    async def _save(
+        self,
+        record: R,
+        partition: str,
+        expected_version: int | None,
+        write: Callable[[Loaded[R], Put], Awaitable[int | None]] | None,
+        expire: Callable[[str], Awaitable[object]] | None,
+    ) -> int:
         hints = self.kind.hints(record)
         body = RecordBody()
         await self.store.fill(partition, body, record.to_mapping())
@@ -297,10 +310,7 @@ class Collection(Generic[R]):
         `save` is called as `self.save` is, which is the default.
         """
         partition = self.kind.partition(id)
-        turn = self._turns.get(partition)
-        if turn is None:
-            turn = self._turns[partition] = _Turn()
-        async with turn.taken(partition):  # of many at once all but one would be refused
+        async with self._turn(partition).taken(partition):
             tries = Tries(partition)
             while True:
                 record = await self.find(id)
@@ -313,6 +323,12 @@ class Collection(Generic[R]):
                     await tries.another()
                 else:
                     return record
+
+    def _turn(self, partition: str) -> _Turn:
+        turn = self._turns.get(partition)
+        if turn is None:
+            turn = self._turns[partition] = _Turn()
+        return turn
 
     async def delete(
         self,

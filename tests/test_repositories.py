@@ -286,6 +286,17 @@ async def test_many_updates_of_one_record_at_once_take_turns() -> None:
         assert len(writes) == 100
 
 
+async def test_many_saves_of_one_record_at_once_take_turns() -> None:
+    driver = RecordingDriver()
+    async with create_persistence(driver) as p:
+        await asyncio.gather(*(p.images.save_image(image(name=f"n{n}")) for n in range(100)))
+        writes = [write for writes in driver.commits for write in writes if write.partition == "image/img_1"]
+        assert len(writes) == 100
+        found = await p.images.find_image_by_id("img_1")
+        assert found is not None
+        assert [await p.images.find_images_by_name(f"n{n}") == [found] for n in range(100)].count(True) == 1
+
+
 async def test_updates_of_one_record_do_not_wait_for_each_other_on_a_store_that_is_down(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
