@@ -321,7 +321,8 @@ class Log:
         self.writing = True
         aside = self.path.with_suffix(".new")  # nobody else's: it is written under the lock
         try:
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            aside.unlink(missing_ok=True)  # of one who was killed; or a link, which would be followed
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(_header(self.partition))
                 for key in self.entries:
                     entry = self.read(key, now=False)

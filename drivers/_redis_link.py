@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from persistence.errors import ConfigurationError, PersistenceError, UnavailableError
+from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
 from persistence.options import check_files, masked_url, missing_client, unapplied, untrusted
 
 try:
@@ -46,6 +46,7 @@ _UNDONE = (
     exceptions.ClusterDownError,
 )
 _UNDONE_CODE = re.compile(r"\b(OOM|READONLY|NOREPLICAS|MISCONF|LOADING|CLUSTERDOWN)\b")
+_REPLACED_CODE = re.compile(r"-READONLY|\bNOREPLICAS\b")
 _NO_CLUSTER = "Cluster mode is not enabled"
 _MISTAKES = (_NO_CLUSTER, "DB index is out of range")
 
@@ -299,9 +300,11 @@ async def _exchange(connection: AbstractConnection, packet: Sequence[bytes], tim
 
 
 def _leads_nowhere(reply: Any) -> bool:
-    """Tell whether the connection is lost, or leads to a server that is no longer the primary."""
-    # Redis 6.2 wraps the errors that a script meets.
-    return isinstance(reply, _BROKEN) or (isinstance(reply, Exception) and "-READONLY" in str(reply))
+    """Tell whether the connection is lost, or leads to a server that may be no longer the primary."""
+    # Whom his replicas have left may have been replaced. Redis 6.2 wraps the errors that a script meets.
+    return isinstance(reply, _BROKEN) or (
+        isinstance(reply, Exception) and bool(_REPLACED_CODE.search(str(reply)))
+    )
 
 
 def _home(client: RedisCluster, name: str) -> ClusterNode:
@@ -329,6 +332,8 @@ def _as_ours(error: Exception) -> PersistenceError:
         message += "; for a single server use redis:// or rediss://"
     if isinstance(root, _REFUSALS) or str(root).startswith(_MISTAKES):
         return ConfigurationError(message)
+    if "WRONGTYPE" in str(root):  # somebody has put something else in the place of ours
+        return CorruptRecordError(message)
     return unapplied(UnavailableError(message), certain=is_refusal(root))
 
 

@@ -145,7 +145,8 @@ class FilesystemDriver:
         except (PermissionError, NotADirectoryError) as error:
             raise ConfigurationError(f"{self!r}: {error}") from error
         except OSError as error:
-            raise UnavailableError(f"{self!r}: {error}") from error
+            kind = ConfigurationError if error.errno == errno.ELOOP else UnavailableError  # it is a link
+            raise kind(f"{self!r}: {error}") from error
 
     # Everything below blocks, so the worker runs it; with `now` it runs in the loop's thread and never does.
 
@@ -421,7 +422,8 @@ class FilesystemDriver:
             if self._power:
                 sync_folder(self._folder)
             self._made.add(folder)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        # A link may lead to a file that is none of ours: what ends in no newline would be cut off.
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
         try:
             fd = self._open_or_make_room(log.path, flags)
         except FileNotFoundError:

@@ -33,7 +33,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 from persistence.driver import ABSENT, Delete, Entry, Key, Op, Page, Put, Write, page_of
 from persistence.errors import ConfigurationError, CorruptRecordError, UnavailableError
@@ -134,6 +134,8 @@ class MongoDBDriver:
     `pool_size` how many connections there may be. Further options go to pymongo as they are; options of the
     URL win over all of these.
 
+    pymongo's own logger "pymongo.command" shows at level DEBUG what is stored: leave it at INFO.
+
     Transactions that a process left open when it was killed are aborted after 3 seconds, those of a `client`
     that was passed in only by MongoDB itself, after its ``transactionLifetimeLimitSeconds``, by default 60.
 
@@ -193,8 +195,8 @@ class MongoDBDriver:
             **({} if password is None else {"password": password}),
             **client_options,
         }
-        query = self._url.partition("?")[2].lower()
-        self._options = {name: value for name, value in options.items() if f"{name.lower()}=" not in query}
+        named = {name.lower() for name, _ in parse_qsl(self._url.partition("?")[2], keep_blank_values=True)}
+        self._options = {name: value for name, value in options.items() if name.lower() not in named}
 
     def __repr__(self) -> str:
         where = "client=…" if self._given else repr(masked_url(self._url))
@@ -204,8 +206,8 @@ class MongoDBDriver:
         """Return what makes the collection, for mongosh. The second line is for sharded clusters only."""
         full = f"{self._database}.{self._name}"
         return (
-            f'db.getSiblingDB("{self._database}").createCollection("{self._name}")\n'
-            f'sh.shardCollection("{full}", {{p: "hashed"}})  // sharded clusters only'
+            f"db.getSiblingDB({json.dumps(self._database)}).createCollection({json.dumps(self._name)})\n"
+            f'sh.shardCollection({json.dumps(full)}, {{p: "hashed"}})  // sharded clusters only'
         )
 
     def view_ddl(self) -> str:
@@ -213,8 +215,8 @@ class MongoDBDriver:
 
         A value that is no JSON is null there. This driver does not use the view.
         """
-        view = f'"{self._name}_view", "{self._name}", {json.dumps(_VIEW)}'
-        return f'db.getSiblingDB("{self._database}").createView({view})'
+        view = ", ".join(map(json.dumps, (f"{self._name}_view", self._name, _VIEW)))
+        return f"db.getSiblingDB({json.dumps(self._database)}).createView({view})"
 
     async def open(self) -> None:
         if self._collection is not None:
@@ -250,7 +252,7 @@ class MongoDBDriver:
             found = await self._find(wanted, len(ids))
             if (
                 len(found) < len(ids)
-                and sum(len(document.get("v", b"")) for document in found) > _FULL_ANSWER
+                and sum(len(v) for d in found if isinstance(v := d.get("v"), bytes)) > _FULL_ANSWER
             ):
                 found = await self._entries.find(wanted).to_list()  # more than one answer can hold
         documents = {document["_id"]: document for document in found}

@@ -151,7 +151,7 @@ FROM {table};
 _SESSION = (
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;"
     " SET SESSION autocommit = 1, sql_mode = 'TRADITIONAL', sql_notes = 0,"
-    " innodb_lock_wait_timeout = {lock_wait}"
+    " innodb_lock_wait_timeout = {lock_wait}, sql_select_limit = 18446744073709551615"
 )
 _SETTINGS = (
     "SHOW SESSION VARIABLES WHERE Variable_name IN ('max_allowed_packet', 'innodb_flush_log_at_trx_commit',"

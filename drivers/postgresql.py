@@ -23,9 +23,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
+from urllib.parse import parse_qsl
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
 from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
@@ -323,7 +325,7 @@ class PostgreSQLDriver:
         check_pool_size(pool_size)
         check_seconds("timeout", timeout)
         if url is not None:
-            take_apart(url)
+            _check_verifying(url)
         if not isinstance(client, asyncpg.Pool | asyncpg.Connection | None):
             raise ConfigurationError("postgresql: client must be an asyncpg.Pool or an asyncpg.Connection")
         self._schema = check_identifier(schema, "schema")
@@ -666,6 +668,15 @@ def from_url(url: str) -> PostgreSQLDriver:
     """Return the driver of ``postgresql://user:password@host/database?table=…&namespace=…``."""
     split = split_url(url, _OPTIONS, others=True)
     return PostgreSQLDriver(split.url, **split.options)
+
+
+def _check_verifying(url: str) -> None:
+    """Refuse an authority that nobody would ask: asyncpg leaves it out unless `sslmode` verifies."""
+    options = dict(parse_qsl(take_apart(url).query))
+    mode = options.get("sslmode") or os.environ.get("PGSSLMODE", "prefer")
+    if "sslrootcert" in options and mode in ("disable", "allow", "prefer"):
+        message = f"postgresql: with sslmode={mode} sslrootcert= is not looked at: add sslmode=verify-full"
+        raise ConfigurationError(message)
 
 
 def _end(end: str | None) -> bytes:

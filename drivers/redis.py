@@ -23,8 +23,9 @@ import logging
 import re
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
 from persistence.drivers._redis_link import Command, Link, Node, Script, is_refusal, translated
@@ -166,8 +167,10 @@ class RedisDriver:
     "power" needs ``appendfsync always``; with ``everysec`` about a second of acknowledged writes is lost with
     the machine. "process" says that the end of this process loses nothing, which is so with any setting; what
     a restart of the server loses depends on its AOF and RDB. Failing over to a replica may lose the writes of
-    the last moment, with any setting: replication in Redis is asynchronous. Where reading CONFIG is
-    forbidden, as on many managed services, `open` says that it cannot know.
+    the last moment, with any setting: replication in Redis is asynchronous. With Sentinel it may lose those
+    of ten seconds and more, which a replaced primary goes on taking; with ``min-replicas-to-write 1`` only
+    until its replicas have left it.
+    Where reading CONFIG is forbidden, as on many managed services, `open` says that it cannot know.
     """
 
     lanes = 2
@@ -204,6 +207,8 @@ class RedisDriver:
         scheme, colon, rest = url_or_address(url, "redis", host, port).partition(":")
         self._url = scheme.removesuffix("+cluster") + colon + rest
         as_cluster = isinstance(client, RedisCluster) if client else cluster or scheme.endswith("+cluster")
+        if client is None and not scheme.lower().startswith("rediss"):
+            _check_no_tls(self._url, client_options)
         self._prefix = f"{prefix}:{{{check_namespace(namespace)}/"
         self._durability = check_durability(durability)
         self._given = client
@@ -283,7 +288,9 @@ class RedisDriver:
         command = _SCAN(self._names(partition), [*search, limit, PAGE_BYTES])
         with translated():
             [(more, names, packed, values)] = await self._link.read([command])
-        keys = names.decode().split(" ") if packed else []  # an empty key is one
+        keys = names.decode("ascii", "backslashreplace").split(" ") if packed else []  # an empty key is one
+        if len(keys) * _VERSION_BYTES != len(packed):
+            raise _corrupt(Key(partition, next((key for key in keys if key), "")))
         versions = struct.unpack(f">{len(keys)}Q", packed)
         if 0 in versions:
             raise _corrupt(Key(partition, keys[versions.index(0)]))
@@ -359,12 +366,19 @@ class RedisDriver:
         try:
             save = (await self._link.ask(node, "CONFIG GET", "save"))["save"]
             fsync = (await self._link.ask(node, "CONFIG GET", "appendfsync"))["appendfsync"]
+            least = await self._link.ask(node, "CONFIG GET", "min-replicas-to-write")
         except exceptions.ResponseError:
             _log.warning("redis: CONFIG is forbidden here: how durable writes are, its owner decides")
             self.may_lose = True
             return
         if not info["aof_enabled"] or fsync != "always" or info.get("connected_slaves"):
             self.may_lose = True  # with a restart, or by failing over
+        alone = self._link.as_cluster or not info.get("connected_slaves")  # a Cluster's stops by itself
+        if self._durability == "power" and not alone and least.get("min-replicas-to-write") == "0":
+            _log.warning(
+                "redis: the server has replicas: once one has replaced it, it may go on taking writes, which"
+                " are lost then; set min-replicas-to-write 1"
+            )
         if not info["aof_enabled"] and not save:
             _log.warning(
                 "redis: neither AOF nor RDB is on: a restart of the server loses everything;"
@@ -415,6 +429,14 @@ def from_url(url: str) -> RedisDriver:
     return RedisDriver(split.url, **split.options)
 
 
+def _check_no_tls(url: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of TLS where there is none: a RedisCluster would say all in the clear."""
+    given = {**dict(parse_qsl(urlsplit(url).query)), **options}
+    if "ssl" not in given and (names := [name for name in given if name.startswith("ssl_")]):
+        message = f"redis: {names[0]}= is for TLS: use rediss:// or rediss+cluster://"
+        raise ConfigurationError(message)
+
+
 def _bounds(start: str, end: str | None) -> tuple[str, str]:
     return f"[{start}", "+" if end is None else f"({end}"
 
@@ -429,4 +451,4 @@ def _corrupt(key: Key) -> CorruptRecordError:
 
 
 def _text(name: str | bytes | int) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)
+    return name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name)

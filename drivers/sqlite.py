@@ -65,9 +65,12 @@ _SQL: Final = {
         p TEXT NOT NULL, k TEXT NOT NULL, v BLOB NOT NULL, ver INTEGER NOT NULL, PRIMARY KEY (p, k))""",
     "sign": """INSERT INTO "{t}" (p, k, v, ver) VALUES ('', 'format', ?, 1) ON CONFLICT DO NOTHING""",
     "format": """SELECT v FROM "{t}" WHERE p = '' AND k = 'format'""",
-    "get": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k = ?""",
-    "scan": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k >= ? AND k < ? ORDER BY k LIMIT ?""",
-    "scan down": """SELECT k, v, ver FROM "{t}" WHERE p = ? AND k >= ? AND k < ? ORDER BY k DESC LIMIT ?""",
+    # Cast, as somebody may have written a text or a number there: the core tells what is no value of ours.
+    "get": """SELECT k, CAST(v AS BLOB), ver FROM "{t}" WHERE p = ? AND k = ?""",
+    "scan": """SELECT k, CAST(v AS BLOB), ver FROM "{t}"
+        WHERE p = ? AND k >= ? AND k < ? ORDER BY k LIMIT ?""",
+    "scan down": """SELECT k, CAST(v AS BLOB), ver FROM "{t}"
+        WHERE p = ? AND k >= ? AND k < ? ORDER BY k DESC LIMIT ?""",
     "create": """INSERT INTO "{t}" (p, k, v, ver) VALUES {rows}""",
     "put": """INSERT INTO "{t}" (p, k, v, ver) VALUES {rows}
         ON CONFLICT (p, k) DO UPDATE SET v = excluded.v, ver = excluded.ver""",

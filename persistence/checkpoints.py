@@ -18,7 +18,7 @@ import msgspec
 
 from persistence import codec
 from persistence.calls import Repository, public, public_change
-from persistence.collection import Listing, Place, check_cursor
+from persistence.collection import Listing, Place, check_cursor, next_page
 from persistence.driver import Key
 from persistence.errors import CorruptRecordError, InvalidValueError, NotFoundError
 from persistence.ids import as_ms
@@ -372,8 +372,8 @@ class Checkpoints(Repository):
             cap=_cap(max_checkpoints_per_thread, "max_checkpoints_per_thread"),
         )
         if new_thread_id is not None:
-            await self.threads.copy(thread_id, new_thread_id, source.id)
-            thread_id = new_thread_id
+            made = await self.threads.copy(thread_id, new_thread_id, source.id, new)
+            return self._meta(new_thread_id, made[-1])
         return self._meta(thread_id, await self.threads.fork(thread_id, new, source.id))
 
     @public_change
@@ -392,7 +392,7 @@ class Checkpoints(Repository):
         `new_thread_id` was used before or is used meanwhile.
         """
         _check_texts(checkpoint_id=checkpoint_id)
-        return await self.threads.copy(thread_id, new_thread_id, checkpoint_id)
+        return len(await self.threads.copy(thread_id, new_thread_id, checkpoint_id))
 
     @public
     async def set_labels(
@@ -447,7 +447,7 @@ class Checkpoints(Repository):
     async def count_threads(self, *, timeout: float | None = None) -> int:
         """Count the threads. Reads the head of each."""
         counted = 0
-        async for _ in self._thread_ids(self.threads, None):
+        async for _ in self._heads(self.threads):
             counted += 1
         return counted
 
@@ -729,7 +729,16 @@ class Checkpoints(Repository):
             ]
 
         pruned = checkpoints = pieces = 0
-        async for id in self._thread_ids(threads, thread_id):
+
+        async def ids() -> AsyncIterator[str]:
+            if thread_id is not None:
+                yield thread_id
+                return
+            async for head in self._heads(threads):
+                if keep is None or head.k > keep:  # of the others nothing can go: they need not be read
+                    yield head.id
+
+        async for id in ids():
             removed, dropped = await threads.remove(id, choose, dry_run=dry_run)
             pruned += removed > 0
             checkpoints += removed
@@ -835,7 +844,7 @@ class Checkpoints(Repository):
         start = "" if before is None else newest_first(as_ms(before, "before") - 1)
         end = None if after is None else newest_first(as_ms(after, "after"))
         if order_by == "id":
-            all_of_them = [item async for _, item in self._named(threads, place, start, end, match)]
+            all_of_them = [item async for _, item in self._named(threads, place, start, end, match, None)]
             all_of_them.sort(key=lambda item: item[1].id, reverse=not reverse)
             if cursor is not None:
                 all_of_them = [
@@ -850,7 +859,7 @@ class Checkpoints(Repository):
                 start = after_key(cursor)
         found.cursor = None
         last: str | None = None
-        async for key, item in self._named(threads, place, start, end, match, reverse=reverse):
+        async for key, item in self._named(threads, place, start, end, match, limit, reverse=reverse):
             if len(found) == limit:
                 found.cursor = last
                 break
@@ -865,27 +874,41 @@ class Checkpoints(Repository):
         start: str,
         end: str | None,
         match: Callable[[str, CheckpointBody], bool],
+        limit: int | None,
         *,
         reverse: bool = False,
     ) -> AsyncIterator[tuple[str, tuple[str, CheckpointBody]]]:
-        """Yield what is listed at a place and is there."""
+        """Yield what is listed at a place and is there; of what is behind `limit` of them, little is read."""
         coalescer = self._store.coalescer
-        pages = coalescer.pages(place.partition, start, end, limit=_PAGE // 2, reverse=reverse)
-        async for listed in pages:
-            hints = [self._store.unpack(threads.hint_decoder, place.partition, e) for e in listed]
+        found = read = 0
+        while True:
+            wanted = min(next_page(limit, found, read), _PAGE // 2)
+            page = await coalescer.scan(place.partition, start, end, limit=wanted, reverse=reverse)
+            read += len(page.entries)
+            hints = [self._store.unpack(threads.hint_decoder, place.partition, e) for e in page.entries]
             partitions = [threads.partition(hint.of) for hint in hints]
-            keys = [Key(name, HEAD) for name in partitions]
+            names = list(dict.fromkeys(partitions))  # the head of each is read once
+            keys = [Key(name, HEAD) for name in names]
             keys += [Key(name, CHECKPOINT + hint.id) for name, hint in zip(partitions, hints, strict=True)]
             entries = await coalescer.get(keys)
-            for index, (hint_entry, hint, name) in enumerate(zip(listed, hints, partitions, strict=True)):
+            heads = dict(zip(names, entries, strict=False))
+            listed = zip(page.entries, hints, partitions, entries[len(names) :], strict=True)
+            for hint_entry, hint, name, entry in listed:
                 try:
-                    body = threads.chosen(name, [entries[index], entries[index + len(hints)]], hint.id)
+                    body = threads.chosen(name, [heads[name], entry], hint.id)
                 except CorruptRecordError:
                     continue  # named by repair, and by whoever asks for it; it does not hide the others
                 if body is None or Key(place.partition, hint_entry.key) not in threads.hints(body, hint.of):
                     continue
                 if match(hint.of, body):
+                    found += 1
                     yield hint_entry.key, (hint.of, body)
+            if not page.more:
+                return
+            if reverse:
+                end = page.entries[-1].key
+            else:
+                start = after_key(page.entries[-1].key)
 
     def _agent_fields(self, agent_id: str, body: CheckpointBody) -> dict[str, Any]:
         own = {name: body.x.get(name, "") for name in ("session_id", "agent_type", "name")}
@@ -899,15 +922,12 @@ class Checkpoints(Repository):
         extra = self._metadata(threads, thread_id, body)
         return {"id": f"{body.id}:{thread_id}", "created_at": body.at, "extra": extra}
 
-    async def _thread_ids(self, threads: Threads, thread_id: str | None) -> AsyncIterator[str]:
-        if thread_id is not None:
-            yield thread_id
-            return
+    async def _heads(self, threads: Threads) -> AsyncIterator[HeadBody]:
         cursor = None
         while True:
             heads, cursor = await threads.threads(limit=_PAGE, cursor=cursor)
             for head in heads:
-                yield head.id
+                yield head
             if cursor is None:
                 return
 

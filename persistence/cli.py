@@ -304,7 +304,7 @@ def threads(
     table.add_column("latest", overflow="fold")
     table.add_column("updated", no_wrap=True)
     for one in found:
-        ids = Text(_clean(one.thread_id)), f"{one.checkpoints:,}", one.latest_id
+        ids = Text(_clean(one.thread_id)), f"{one.checkpoints:,}", Text(_clean(one.latest_id))
         table.add_row(*ids, shown_time(one.updated_at))
     _print(table)
     _tell_of_more("--cursor", found.cursor)
@@ -356,7 +356,7 @@ def checkpoints(
     for one in found:
         about = Text(_clean(", ".join(one.labels))), Text(_clean(one.run_id or ""))
         sizes = f"{one.size_bytes:,}", f"{one.stored_bytes:,}"
-        table.add_row(one.id, *about, *sizes, shown_time(one.created_at))
+        table.add_row(Text(_clean(one.id)), *about, *sizes, shown_time(one.created_at))
     _print(table)
     _tell_of_more("--before", found.cursor)
 

@@ -52,6 +52,7 @@ from persistence.driver import (
 )
 from persistence.errors import (
     ConfigurationError,
+    CorruptRecordError,
     InvalidKeyError,
     InvalidValueError,
     OutcomeUnknownError,
@@ -72,9 +73,12 @@ __all__ = [
     "Tries",
     "backoff",
     "fail",
+    "give_way",
     "outpaced",
+    "some_at_once",
 ]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 RETRY_SECONDS: Final = 10.0
@@ -82,6 +86,7 @@ RETRY_SECONDS: Final = 10.0
 
 _ROOM_BYTES = 64 << 20  # waiting writes; above this, callers wait too
 _SCANS_AT_ONCE = 8
+_AT_ONCE = 16  # of many things that one call removes
 _LOOK_AHEAD = 4_000  # queued writes looked at for one commit
 _PROBES = 4  # puts of a Write that are looked up to find out whether it was applied
 _TRANSIENT = (UnavailableError, OSError, TimeoutError)
@@ -123,6 +128,14 @@ async def backoff(attempt: int) -> None:
     await asyncio.sleep(random.uniform(0.5, 1) * min(1.0, 0.02 * 2 ** min(attempt, 10)))
 
 
+async def give_way(attempt: int) -> None:
+    """Sleep before try number `attempt` + 2 after losing to another writer: up to 10 ms, growing to 80 ms.
+
+    Not twice as long each time, for the winner does not pause: he would win for ever.
+    """
+    await asyncio.sleep(random.uniform(0, 0.01 * min(attempt + 1, 8)))
+
+
 class Tries:
     """Retries after conflicts with other writers: pauses between them, an error once the time is up."""
 
@@ -136,7 +149,7 @@ class Tries:
         if asyncio.get_running_loop().time() > self._deadline:
             raise outpaced(self._partition)
         if self.made:
-            await backoff(self.made - 1)
+            await give_way(self.made - 1)
         self.made += 1
 
 
@@ -144,6 +157,18 @@ def outpaced(partition: str) -> UnavailableError:
     """Return the error for a writer that lost to others until its time was up."""
     message = f"other writers were faster for {RETRY_SECONDS:.0f} seconds"
     return UnavailableError(message, partition=partition)
+
+
+async def some_at_once(work: Callable[[S], Awaitable[object]], items: Iterable[S]) -> None:
+    """Do `work` for each of `items`, some of them at once, so that they share driver calls.
+
+    The first error is raised once those under way have come to their end.
+    """
+    rest = iter(items)
+    while some := list(islice(rest, _AT_ONCE)):
+        for outcome in await asyncio.gather(*map(work, some), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
 
 class Room:
@@ -252,6 +277,7 @@ class _Group(msgspec.Struct, eq=False):
     keys: set[str] | None = None
     write: Write = Write("", (), ABSENT)
     unapplied: bool = False  # known of every attempt so far
+    lost: bool = False  # sent without an answer, and not looked for since
     settled: bool = False
 
     def waiting(self) -> bool:
@@ -455,7 +481,12 @@ class Coalescer:
 
         async def call() -> Page:
             async with self._scans:
-                page = await _answered(self._driver.scan(partition, start, end, limit=limit, reverse=reverse))
+                try:
+                    scan = self._driver.scan(partition, start, end, limit=limit, reverse=reverse)
+                    page = await _answered(scan)
+                except CorruptRecordError as error:
+                    _locate(error, {partition})
+                    raise
             if len(page.entries) > limit or (page.more and not page.entries):
                 message = f"the driver's scan() gave {len(page.entries)} of {limit} entries, more={page.more}"
                 raise ConfigurationError(message)
@@ -532,7 +563,11 @@ class Coalescer:
             return await self._get(keys)
 
     async def _get(self, keys: Sequence[Key]) -> list[Entry | None]:
-        entries = await _answered(self._driver.get(keys))
+        try:
+            entries = await _answered(self._driver.get(keys))
+        except CorruptRecordError as error:
+            _locate(error, {key.partition for key in keys})
+            raise
         if len(entries) != len(keys):
             message = f"the driver's get() gave {len(entries)} entries for {len(keys)} keys"
             raise ConfigurationError(message)
@@ -663,6 +698,7 @@ class Coalescer:
         for group, outcome in zip(batch, outcomes, strict=True):
             if outcome is None:
                 group.unapplied = unapplied
+                group.lost = not unapplied and (cause is None or isinstance(cause, _TRANSIENT))
                 unknown.append(group)
                 lane.busy.add(group.partition)
             else:
@@ -750,6 +786,7 @@ class Coalescer:
                             await self._probe([group])
                 return
             for (group, _), entry in zip(part, entries, strict=True):
+                group.lost = False
                 if entry is not None and entry.version == group.write.version:
                     group.resolve(group.write.version)
 
@@ -769,6 +806,7 @@ class Coalescer:
                     (outcome,) = await self._send([group])
             except _TRANSIENT as error:
                 group.unapplied = unapplied and _is_unapplied(error)
+                group.lost = group.lost or not _is_unapplied(error)
                 # Let the others go first next time: it may be this one's shard alone.
                 groups.remove(group)
                 groups.append(group)
@@ -806,6 +844,12 @@ async def _answered(call: Awaitable[T]) -> T:
         raise UnavailableError(message) from error
 
 
+def _locate(error: CorruptRecordError, partitions: set[str]) -> None:
+    """Name the partition at fault where the driver does not, and there is but one."""
+    if error.partition is None and len(partitions) == 1:
+        (error.partition,) = partitions
+
+
 def _is_unapplied(error: BaseException | None) -> bool:
     return isinstance(error, UnavailableError) and error.unapplied
 
@@ -813,11 +857,15 @@ def _is_unapplied(error: BaseException | None) -> bool:
 def _unknown(group: _Group, cause: BaseException | None) -> PersistenceError:
     """Return what the callers of a group are told that was not settled in time."""
     if (
-        isinstance(cause, PersistenceError)
+        not group.lost
+        and isinstance(cause, PersistenceError)
         and not isinstance(cause, UnavailableError)
         and cause.partition in (None, group.partition)
     ):
-        return cause  # the driver says why it cannot work: that tells the caller more
+        own = _copy(cause)  # the driver says why it cannot work: that tells the caller more
+        if isinstance(own, CorruptRecordError):
+            _locate(own, {group.partition})
+        return own
     kind = UnavailableError if group.unapplied else OutcomeUnknownError
     message = _NOT_WRITTEN if group.unapplied else "the store does not tell whether this was written"
     if isinstance(cause, PersistenceError | OSError):
@@ -903,9 +951,13 @@ def fail(reply: Reply | asyncio.Future[Any], error: BaseException) -> None:
     if isinstance(error, asyncio.CancelledError):
         reply.cancel()
     elif isinstance(error, PersistenceError):
-        own = type(error).__new__(type(error), *error.args)  # a driver's class may have its own __init__
-        own.__dict__.update(error.__dict__)
-        own.__cause__ = error.__cause__
-        reply.set_exception(own)
+        reply.set_exception(_copy(error))
     else:
         reply.set_exception(error)
+
+
+def _copy(error: PersistenceError) -> PersistenceError:
+    own = type(error).__new__(type(error), *error.args)  # a driver's class may have its own __init__
+    own.__dict__.update(error.__dict__)
+    own.__cause__ = error.__cause__
+    return own

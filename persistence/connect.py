@@ -197,7 +197,8 @@ def driver_from_url(url: str) -> Driver:
         raise ConfigurationError(message)
     point = points.get(scheme.lower())
     if point is None:
-        message = f"no driver for {scheme}:// URLs is installed; there are {known}"
+        shown = masked_url(url).partition("://")[0]  # "user:password@x" is no scheme
+        message = f"no driver for {shown}:// URLs is installed; there are {known}"
         raise ConfigurationError(message)
     try:
         make = point.load()

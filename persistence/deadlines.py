@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 
+from persistence.coalescer import some_at_once
 from persistence.collection import HintBody
 from persistence.driver import Delete, Entry, Put
 from persistence.errors import CorruptRecordError
@@ -50,20 +51,23 @@ class Deadlines:
         coalescer, now = self._store.coalescer, self._store.clock()
         unreadable: CorruptRecordError | None = None
         old = now - _HOUR_MS
+
+        async def one(place: tuple[str, Entry]) -> None:
+            nonlocal unreadable
+            name, entry = place
+            try:
+                done = await expire(entry.key.partition("/")[2])
+            except CorruptRecordError as error:
+                unreadable = unreadable or error  # told once the others are gone
+                return
+            if done or self._noted(name, entry) <= old:
+                await coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
+
         async for found in self._hours(f"{hour(now) + 1:012d}"):
             name = f"{_DEADLINES}/{int(found.key)}"
             async for entries in coalescer.pages(name, "", f"{now + 1:015d}", limit=_PAGE):
-                for entry in entries:
-                    partition = entry.key.partition("/")[2]
-                    if not partition.startswith(f"{kind}/"):
-                        continue
-                    try:
-                        done = await expire(partition)
-                    except CorruptRecordError as error:
-                        unreadable = unreadable or error  # told once the others are gone
-                        continue
-                    if done or self._noted(name, entry) <= old:
-                        await coalescer.write(name, [Delete(entry.key, entry.version)], hint=True)
+                due = [entry for entry in entries if entry.key.partition("/")[2].startswith(f"{kind}/")]
+                await some_at_once(one, ((name, entry) for entry in due))
             rest = await coalescer.scan(name, "", None, limit=1)
             # Not a young one: its first entry, put at the same time, may still be on its way.
             if not rest.entries and int(found.key) < hour(now) and self._noted(_DEADLINES, found) <= old:

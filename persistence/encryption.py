@@ -3,8 +3,10 @@
 AES-256-GCM of the `cryptography` package, with a random 96-bit nonce a value.
 A value is bound to its partition and key, so that nobody who can write to the
 store can pass one entry off as another; that he puts an old value back in its
-own place is not noticed. Partitions and keys stay as they are, and with them
-the ids and names in them, times, sizes and versions.
+own place is not noticed. It is not bound to its store or namespace: those that
+share a key can be given each other's values, so each tenant needs its own.
+Partitions and keys stay as they are, and with them the ids and names in them,
+times, sizes and versions.
 
 Stored: one byte 1, four bytes that tell the key (the beginning of its
 SHA-256), the nonce, the ciphertext with its tag. With random nonces one key is

@@ -30,7 +30,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from persistence.coalescer import CALL, RETRY_SECONDS, Call, Lodger, Tries, backoff, fail, outpaced
+from persistence.coalescer import CALL, RETRY_SECONDS, Call, Lodger, Tries, backoff, fail, give_way, outpaced
 from persistence.driver import ABSENT, MAX_WRITE_OPS, Check, Delete, Entry, Key, Op, Put
 from persistence.errors import (
     ConflictError,
@@ -71,6 +71,7 @@ FORGET_SECONDS: Final = 600.0
 _REMEMBERED = 10_000  # sequences whose end a writer remembers
 _PAGE = 500
 _READ_TRIES = 6
+_REFUSALS = 3  # so many at least make an append give up: a store that was away for long is no competitor
 
 Span = tuple[int, int]
 """First and last number of a run of entries."""
@@ -150,6 +151,7 @@ class _Append(Lodger, eq=False):
     edit: Callable[[Tail], Awaitable[tuple[Op, ...] | None]] | None = None
     looked: bool = False  # the end was read after this append had been asked for
     deadline: float | None = None  # set when another writer was faster for the first time
+    refusals: int = 0  # how often one was
 
 
 class _Flight(msgspec.Struct, eq=False):
@@ -325,7 +327,7 @@ class Log:
                 else:
                     queue.extendleft(reversed(batch))
                     batch = []
-                    await backoff(attempt)
+                    await give_way(attempt)
                     attempt += 1
                 batch = []
         except (Exception, asyncio.CancelledError) as error:
@@ -412,7 +414,8 @@ class Log:
         if append.expected_last is not None and append.expected_last != last:
             message = f"the last number is {last}, not {append.expected_last}"
             return ConflictError(message, partition=partition)
-        if append.deadline is not None and self._store.coalescer.loop.time() > append.deadline:
+        late = append.deadline is not None and self._store.coalescer.loop.time() > append.deadline
+        if late and append.refusals >= _REFUSALS:
             return outpaced(partition)
         return None
 
@@ -485,6 +488,7 @@ class Log:
             deadline = self._store.coalescer.loop.time() + RETRY_SECONDS
             for append in flight.batch:
                 append.deadline = append.deadline or deadline
+                append.refusals += 1
                 if not append.future.done() and any(item.value is not UNSET for item in append.items):
                     append.future.set_result(0)
             return False
@@ -671,7 +675,9 @@ class Log:
     ) -> list[StoredItem]:
         items: list[StoredItem] = []
         size = 0
-        for number, entry in zip(numbers, entries, strict=True):
+        for at, (number, entry) in enumerate(zip(numbers, entries, strict=True), 1):
+            if not at % _PAGE:
+                await asyncio.sleep(0)  # to decode tens of thousands takes long: let others have a turn
             try:
                 plain = self._plain.decode(entry.value)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

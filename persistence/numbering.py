@@ -22,7 +22,8 @@ BLOCK: Final = 100_000
 
 _OPEN_BLOCKS = 16
 _GROWING = 4  # pieces that a list must have before it gets a block
-_FRAGMENTS = 128  # runs from which on it pays to store a state anew, in one
+_FRAGMENTS = 128  # runs from which on it pays to store pieces of a state anew, in one
+_LONG_RUN = 16  # pieces; a run of so many stays as it is if it pays to store the others anew
 
 
 class Numbers:
@@ -64,17 +65,31 @@ def place(
     """Return the number of each piece, and the indexes of those that are new.
 
     `in_pieces`: the skeleton has become large. If that is because the numbers
-    form too many runs, all pieces get new ones.
+    form too many runs, the pieces of short runs get new ones, or if need be all.
     """
     before = numbers.n, numbers.blocks, list(numbers.open.items())
     placed, fresh = _numbered(cut, known, numbers)
     if in_pieces and (breaks := _breaks(placed)) > max(_FRAGMENTS, len(placed) // 8):
-        again = Numbers(*before)
-        anew, all_fresh = _numbered(cut, {}, again)
-        if _breaks(anew) < breaks // 2:
-            numbers.n, numbers.blocks, numbers.open = again.n, again.blocks, again.open
-            return anew, all_fresh
+        for remain in _in_long_runs(cut, placed, set(fresh)), {}:
+            again = Numbers(*before)
+            anew, all_fresh = _numbered(cut, remain, again)
+            if _breaks(anew) < breaks // 2:
+                numbers.n, numbers.blocks, numbers.open = again.n, again.blocks, again.open
+                return anew, all_fresh
     return placed, fresh
+
+
+def _in_long_runs(cut: Cut, placed: list[int], fresh: set[int]) -> dict[bytes, int]:
+    """Return the digests and numbers of the pieces that were there already, many in a run."""
+    found: dict[bytes, int] = {}
+    first = 0
+    for at in range(1, len(placed) + 1):
+        if at < len(placed) and placed[at] == placed[at - 1] + 1 and (at in fresh) == (first in fresh):
+            continue
+        if at - first >= _LONG_RUN and first not in fresh:
+            found.update(zip(cut.digests[first:at], placed[first:at], strict=True))
+        first = at
+    return found
 
 
 def _breaks(numbers: list[int]) -> int:

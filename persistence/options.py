@@ -204,10 +204,15 @@ def split_url(url: str, known: Mapping[str, Callable[[str], Any]], *, others: bo
 def masked_url(url: str) -> str:
     """Return `url` fit for a log: no query, no password, not even one that is badly encoded."""
     scheme, colon, rest = url.partition("://")
+    if "@" in scheme or not colon:  # mistyped, or of another kind: an account may be anywhere
+        return f"{re.split('[:@=]', url, maxsplit=1)[0]}***" if re.search("[@=]", url) else url
     if not rest.startswith("/") and "@" in rest:
         account, _, rest = rest.rpartition("@")
-        user, secret, _ = account.partition(":")
-        rest = f"{user}:***@{rest}" if secret else f"{user}@{rest}"
+        user, mark, secret = account.partition(":")
+        if re.search(r"\?.*=", secret):  # or it is a port, and the @ stands in an option
+            rest = f"{user}:***"
+        else:
+            rest = f"{user}:***@{rest}" if mark else f"{user}@{rest}"
     return scheme + colon + re.split("[?#]", rest, maxsplit=1)[0]
 
 

@@ -66,6 +66,8 @@ __all__ = [
     "union",
 ]
 
+_MOST_PIECES = 1 << 20
+"""Of a state: fifty times as many as the largest one is cut into. Whoever reads counts them one by one."""
 Span = tuple[int, int]
 """First and last of a run of numbers."""
 
@@ -559,7 +561,11 @@ def spans_of(skeleton: Sequence[Any]) -> list[Span]:
     """Return the numbers of all pieces that a skeleton names: sorted, apart from each other."""
     found: list[Span] = []
     _collect(skeleton, found)
-    return union(found)
+    spans = union(found)
+    if (pieces := count(spans)) > _MOST_PIECES:
+        message = f"it names {pieces:,} pieces"
+        raise ValueError(message)
+    return spans
 
 
 def _collect(skeleton: Sequence[Any], found: list[Span]) -> None:
@@ -567,7 +573,11 @@ def _collect(skeleton: Sequence[Any], found: list[Span]) -> None:
         if type(part) is int:
             found.append((part, part))
         elif type(part) is list:
-            found.append((part[0], part[1]))
+            first, last = part
+            if not (type(first) is type(last) is int and first <= last):
+                message = f"a run from {first} to {last}"
+                raise ValueError(message)
+            found.append((first, last))
         elif "n" in part:
             _collect(part["n"], found)
 
@@ -685,23 +695,16 @@ def union(spans: Iterable[Span]) -> list[Span]:
     return joined
 
 
-def subtract(spans: Sequence[Span], others: Iterable[Span]) -> list[Span]:
-    """Return the numbers that are in `spans` (sorted and apart) and in none of `others`."""
-    if not spans:
-        return []
-    low, high = spans[0][0], spans[-1][1]
-    taken = union(other for other in others if other[0] <= high and other[1] >= low)
+def subtract(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
+    """Return the numbers in `spans` that are not in `others`; both are sorted and apart."""
     left: list[Span] = []
-    at = 0
     for first, last in spans:
-        while at < len(taken) and taken[at][1] < first:
+        at = bisect_left(others, first, key=itemgetter(1))
+        while at < len(others) and others[at][0] <= last:
+            if others[at][0] > first:
+                left.append((first, others[at][0] - 1))
+            first = others[at][1] + 1
             at += 1
-        index = at
-        while index < len(taken) and taken[index][0] <= last:
-            if taken[index][0] > first:
-                left.append((first, taken[index][0] - 1))
-            first = taken[index][1] + 1
-            index += 1
         if first <= last:
             left.append((first, last))
     return left

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from persistence.calls import Repository, public, public_change
-from persistence.coalescer import CALL, Tries
+from persistence.coalescer import CALL, Tries, some_at_once
 from persistence.collection import Collection, HintBody, Kind, Listing, Loaded, Place
 from persistence.deadlines import Deadlines
 from persistence.driver import ABSENT, Delete, Entry, Key, Op, Put
@@ -823,9 +823,14 @@ class Images(Repository):
             removed += await self._sessions._delete(deleted.session_id, unsaved=True)
         place = Place(partition, "session/")
         listed = self._sessions.records.listed_at(place)  # one that was moved meanwhile stays
+
+        async def remove(session: SessionRecord) -> None:
+            nonlocal removed
+            gone = await self._sessions._delete(session.session_id, only=listed)
+            removed += gone
+
         while page := await self._sessions.records.page(place, limit=_PAGE, expired=True):
-            for session in page:
-                removed += await self._sessions._delete(session.session_id, only=listed)
+            await some_at_once(remove, page)
         return removed
 
 
@@ -1133,9 +1138,14 @@ class Containers(Repository):
             records: Collection[Any] = repository.records
             place = Place(partition, prefix)
             listed = records.listed_at(place)
+
+            async def remove(id: str, delete: Any = delete, listed: Any = listed) -> None:
+                nonlocal removed
+                gone = await delete(id, only=listed)
+                removed += gone
+
             while page := await records.page(place, limit=_PAGE, expired=True):
-                for record in page:
-                    removed += await delete(records.kind.id_of(record), only=listed)
+                await some_at_once(remove, map(records.kind.id_of, page))
         return removed
 
 

@@ -287,10 +287,7 @@ class Streams(Repository):
         tries = Tries(partition)
         hinted = False
         end = warm.end if warm.end is None or steady_seconds() - warm.end.since < FORGET_SECONDS else None
-        # Nothing is known of most streams that begin: the Write itself finds out whether that is right.
-        looked = end is None and index > 0
-        if looked:
-            end = await self._look(partition)
+        looked = False  # nothing is known of most streams that begin: the Write itself finds out
         while True:
             live = self._alive(end)
             body.at = max(self._store.clock(), live.last.at if live else 0)  # clocks differ, and step back

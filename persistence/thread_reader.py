@@ -70,6 +70,7 @@ _log = logging.getLogger("persistence")
 _WARM_THREADS = 2_000  # threads that are remembered,
 _WARM_BYTES = 64 << 20  # and how much of them all
 _WARM_STATE = 4 << 20  # of a larger state only the numbers are remembered
+_EARLIER_PIECES = 4_000  # and twice as many as the latest state has: of the states before it
 
 
 class CheckpointBody(Body):
@@ -133,6 +134,7 @@ class Found(NamedTuple):
     id: str
     body: CheckpointBody | None
     error: str = ""
+    spans: list[Span] | None = None  # of its pieces
 
 
 class Kept(NamedTuple):
@@ -370,8 +372,7 @@ class ThreadReader:
                     entries = page.entries
                     if len(segments) < len(spans):  # between those wanted, some others
                         entries = [e for e in entries if covered(number_of(partition, e.key), spans)]
-                    if entries:
-                        yield entries
+                    yield entries
                 starts = [after(page.entries[-1].key) for page in pages if page.more]
                 some = [segment for segment, page in zip(some, pages, strict=True) if page.more]
 
@@ -437,16 +438,17 @@ class ThreadReader:
         id = entry.key[len(CHECKPOINT) :]
         try:
             body = self.body(partition, entry)
-            self.spans(partition, body)
+            spans = self.spans(partition, body)
         except CorruptRecordError as error:
             return Found(id, None, str(error))
-        return Found(id, body)
+        return Found(id, body, spans=spans)
 
     def kept_of(self, found: Found, thread_id: str) -> Kept:
         """Return what must be known of a checkpoint to remove it."""
         if found.body is None:
             return Kept(found.id, None, [])
-        return Kept(found.id, self.spans("", found.body), list(self.hints(found.body, thread_id)))
+        spans = self.spans("", found.body) if found.spans is None else found.spans
+        return Kept(found.id, spans, list(self.hints(found.body, thread_id)))
 
     async def threads(self, *, limit: int | None, cursor: str | None) -> tuple[list[HeadBody], str | None]:
         """Return the threads that there are, those begun last first, and a cursor for more."""
@@ -506,7 +508,7 @@ class ThreadReader:
         """Return the numbers of the pieces of a checkpoint."""
         try:
             return spans_of(msgspec.json.decode(body.s))
-        except (TypeError, KeyError, IndexError, msgspec.MsgspecError) as error:
+        except (TypeError, ValueError, KeyError, IndexError, msgspec.MsgspecError) as error:
             message = f"the skeleton of checkpoint {body.id} cannot be read: {error}"
             raise CorruptRecordError(message, partition=partition, key=checkpoint_key(body.id)) from error
 
@@ -529,9 +531,17 @@ class ThreadReader:
         self._warm.move_to_end(partition)
         return warm
 
-    def _remember(self, partition: str, warm: Warm, cut: Cut, placed: Sequence[int]) -> None:
-        """Remember the latest state: the one just put."""
-        warm.known = dict(zip(cut.digests, placed, strict=True))
+    def _remember(
+        self, partition: str, warm: Warm, cut: Cut, placed: Sequence[int], gone: Sequence[Span]
+    ) -> None:
+        """Remember the latest state, the one just put, and what is still there of those before it."""
+        known = warm.numbers()
+        if gone:
+            known = {text: number for text, number in known.items() if not covered(number, gone)}
+        if len(known) > _EARLIER_PIECES + 2 * len(placed):
+            known = {}
+        known.update(zip(cut.digests, placed, strict=True))
+        warm.known = known
         small = cut.size <= _WARM_STATE
         warm.texts = dict(zip(placed, cut.texts, strict=True)) if small else {}
         warm.memo = cut.memo if small else {}
@@ -544,6 +554,9 @@ class ThreadReader:
         # Texts are held as such, and by the memo a second time in another form.
         pieces = len(warm.known or warm.texts) + len(warm.texts)
         weight = 1000 + 200 * pieces + size * (2 if warm.memo else 1)
+        if warm.kept:  # the latest stands for all: to look at each would be felt in every put
+            latest = warm.kept[-1]
+            weight += len(warm.kept) * (300 + 130 * len(latest.spans or ()) + 250 * len(latest.hints))
         self._warm_bytes += weight - warm.weight
         warm.weight = weight
         while len(self._warm) > _WARM_THREADS or (self._warm_bytes > _WARM_BYTES and len(self._warm) > 1):

@@ -125,13 +125,17 @@ class ThreadRepair:
             await self._threads.clean(partition)
 
     async def _put_missing_hints(self, thread_id: str, found: Sequence[Found], done: RepairedThread) -> None:
-        for one in found:
-            if one.body is not None:
-                hints = await self._store.coalescer.get(list(self._threads.hints(one.body, thread_id)))
-                if None in hints:
-                    done.hints_added += hints.count(None)
-                    if not self._dry_run:
-                        await self._threads.put_hints(thread_id, one.body)
+        readable = [one.body for one in found if one.body is not None]
+        for at in range(0, len(readable), PAGE):
+            hints = {
+                key: body for body in readable[at : at + PAGE] for key in self._threads.hints(body, thread_id)
+            }
+            entries = await self._store.coalescer.get(list(hints))
+            missing = [body for body, entry in zip(hints.values(), entries, strict=True) if entry is None]
+            done.hints_added += len(missing)
+            if not self._dry_run:
+                for body in {body.id: body for body in missing}.values():
+                    await self._threads.put_hints(thread_id, body)
 
     async def sweep_hints(self, partition: str, *, before: int) -> int:
         """Remove the entries of a listing, older than `before`, that match nothing; return how many."""
@@ -139,8 +143,12 @@ class ThreadRepair:
         async for entries in self._store.coalescer.pages(partition, "", None, limit=MAX_GET_KEYS // 2):
             hints = [(e, self._store.unpack(self._threads.hint_decoder, partition, e)) for e in entries]
             hints = [(entry, hint) for entry, hint in hints if hint.at < before]
-            for entry, hint in hints:
-                if not await self._listed_rightly(partition, entry.key, hint):
+            # All at once: that is one `get`.
+            right = await asyncio.gather(
+                *(self._listed_rightly(partition, entry.key, hint) for entry, hint in hints)
+            )
+            for (entry, _), is_right in zip(hints, right, strict=True):
+                if not is_right:
                     removed += 1
                     if not self._dry_run:
                         delete = Delete(entry.key, entry.version)

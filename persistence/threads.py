@@ -6,8 +6,8 @@ An upload is the exception: its head reserves numbers for it, and its Writes
 check ``pending/<id>``, which goes when the upload ends or the thread is deleted.
 
 A writer remembers the head and the numbers of the pieces of the latest state,
-so its next put is one Write. If somebody else wrote meanwhile it is refused,
-reads what changed, and tries again.
+and of those that it put before, so its next put is one Write. If somebody else
+wrote meanwhile it is refused, reads what changed, and tries again.
 
 A piece goes when no checkpoint that is kept names it, in the same Write as the
 last checkpoint that did. What is too much for a Write is noted in the head as
@@ -66,6 +66,8 @@ _WRITE_PIECES = 500  # pieces that travel in the Write of their checkpoint
 _WRITE_BYTES = 3 << 20
 _LARGE_SKELETON = 1_500  # bytes
 _REMOVED_AT_ONCE = 200  # checkpoints, and as many pieces, that one Write removes
+_FEW_RUNS = 8  # are purged, each by a call,
+_SHORT_RUN = 50  # as are those of more pieces
 RUNS_AT_ONCE = 20_000  # of numbers of pieces that go, noted in the head, which must stay a value
 
 
@@ -148,13 +150,14 @@ class Threads(ThreadReader):
         self, partition: str, thread_id: str, new: New, head: HeadBody, hinted: set[Any]
     ) -> None:
         """Put the thread into the listings where it is not yet: before its head says that it is there."""
-        expires_at = head.e if new.expires_at is None else new.expires_at
-        begins = head.l is None and head.at not in hinted
-        if begins:
+        puts: list[Awaitable[None]] = []
+        if new.expires_at is not None and (head.e is None or hour(new.expires_at) != hour(head.e)):
+            puts.append(self.deadlines.put(partition, new.expires_at))
+        if head.l is None and head.at not in hinted:
             hinted.add(head.at)
-            await self.put_thread_hint(thread_id, head)
-        if expires_at is not None and (begins or head.e is None or hour(expires_at) != hour(head.e)):
-            await self.deadlines.put(partition, expires_at)
+            puts.append(self.put_thread_hint(thread_id, head))
+        if puts:
+            await asyncio.gather(*puts)
 
     async def _upload(self, partition: str, warm: Warm, plan: _Plan, cut: Cut, upload: _Uploading) -> bool:
         """Write the new pieces ahead of their checkpoint, in numbers reserved for them. False: refused."""
@@ -206,7 +209,7 @@ class Threads(ThreadReader):
             return None
         upload.forget()
         warm.head, warm.version, warm.kept, warm.g = change.head, version, change.kept, head.g
-        self._remember(partition, warm, new.cut, plan.placed)
+        self._remember(partition, warm, new.cut, plan.placed, change.gone)
         # The checkpoint is stored; what cannot be removed now, `repair` will.
         with suppress(UnavailableError, OutcomeUnknownError):
             await self._remove_hints(change.hints)
@@ -300,10 +303,10 @@ class Threads(ThreadReader):
         )
         ops: list[Op] = [Put(checkpoint_key(body.id), pack(body))]
         if new.cap is None or warm.kept is None:
-            return _Change(after_put, ops, None, [])
+            return _Change(after_put, ops, None, [], [])
         kept = [*warm.kept, self.kept_of(Found(body.id, body), head.id)]
         if len(kept) <= new.cap:
-            return _Change(after_put, ops, kept, [])
+            return _Change(after_put, ops, kept, [], [])
         victims, kept = kept[: len(kept) - new.cap], kept[len(kept) - new.cap :]
         after_put.k = len(kept)
         if not kept:
@@ -321,7 +324,7 @@ class Threads(ThreadReader):
         else:
             # More would not fit into the head; `repair` removes the rest.
             after_put.dr = union([*after_put.dr, *gone])[:RUNS_AT_ONCE]
-        return _Change(after_put, ops, kept, [key for victim in victims for key in victim.hints])
+        return _Change(after_put, ops, kept, [key for victim in victims for key in victim.hints], gone)
 
     async def _give_up(self, partition: str, upload_id: str) -> None:
         with suppress(PersistenceError):  # the caller has an error already; what is left, `repair` finds
@@ -424,12 +427,15 @@ class Threads(ThreadReader):
         removed = pieces = 0
         at_once = _REMOVED_AT_ONCE
         tries = Tries(partition)
+        version = ABSENT  # of the head that `found` is about; whoever changes the thread puts another
         async with self._warm_of(partition).lock:
             while True:
-                head, version = await self.stored_head(partition)
-                if head is None or not self.alive(head, self.store.clock()):
-                    return removed, pieces
-                found = await self.listed(partition, head)
+                if not version:
+                    stored, version = await self.stored_head(partition)
+                    if stored is None or not self.alive(stored, self.store.clock()):
+                        return removed, pieces
+                    head = stored
+                    found = await self.listed(partition, head)
                 chosen = set(choose(found))
                 victims = [one for one in found if one.id in chosen]
                 if not victims:
@@ -455,15 +461,16 @@ class Threads(ThreadReader):
                 else:
                     left.dr = union([*left.dr, *gone])
                 self.forget(partition)
-                if not await self.store.coalescer.write(partition, [Put(HEAD, pack(left), version), *ops]):
+                version = await self.store.coalescer.write(partition, [Put(HEAD, pack(left), version), *ops])
+                if not version:
                     await tries.another()
                     continue
                 tries = Tries(partition)  # each Write has its own time: there may be many
                 removed += len(victims)
                 pieces += count(gone)
                 await self._remove_hints(key for one in leaving for key in one.hints)
-                if left.dr:
-                    await self.clean(partition)
+                head, version = await self._cleaned(partition, left, version)
+                found = kept
 
     async def clean(self, partition: str) -> None:
         """Purge what the head says is gone, and then say so no more."""
@@ -480,23 +487,32 @@ class Threads(ThreadReader):
 
     async def _clean_up(self, partition: str, warm: Warm) -> None:
         """Do what `clean` does, for a writer that knows the head."""
-        head = warm.head
-        if head is None or not (head.dr or head.sw):
-            return
+        if warm.head is not None:
+            head, warm.version = await self._cleaned(partition, warm.head, warm.version)
+            warm.head = head if warm.version else None
+
+    async def _cleaned(self, partition: str, head: HeadBody, version: int) -> tuple[HeadBody, int]:
+        """Do what `clean` does after `head`; return the one that is there then, `ABSENT` if another's."""
+        if not (head.dr or head.sw):
+            return head, version
         await self._purge(partition, head)
         cleaned = replace(head, dr=[], sw=False)
-        version = await self.store.coalescer.write(partition, [Put(HEAD, pack(cleaned), warm.version)])
-        if version:
-            warm.head, warm.version = cleaned, version
-        else:
-            warm.head = None
+        version = await self.store.coalescer.write(partition, [Put(HEAD, pack(cleaned), version)])
+        if not version:
             await self.clean(partition)
+        return cleaned, version
 
     async def _purge(self, partition: str, head: HeadBody) -> None:
         purge = self.store.coalescer.purge
         if head.sw:
             await purge(partition, CHECKPOINT, after(checkpoint_key(head.fl)))
-        for first, last in head.dr:
+        # Many short runs go by the Write: a call for each would take as long as all the rest.
+        short = [span for span in head.dr if count([span]) <= _SHORT_RUN] if len(head.dr) > _FEW_RUNS else []
+        numbers = [number for first, last in short for number in range(first, last + 1)]
+        for at in range(0, len(numbers), _WRITE_PIECES):
+            deletes = [Delete(piece_key(number)) for number in numbers[at : at + _WRITE_PIECES]]
+            await self.store.coalescer.write(partition, deletes, hint=True)
+        for first, last in subtract(head.dr, short):
             await purge(partition, piece_key(first), piece_key(last + 1))
 
     async def _edit(
@@ -568,10 +584,7 @@ class Threads(ThreadReader):
                 warm.version = entries[0].version
                 warm.kept = await self._kept(partition, head, new)
                 now = self.store.clock()
-                body = self._body(head, new, bytes(source.s), 0, now)
-                body.z, body.parent = source.z, source_id
-                body.ver, body.x = source.ver, source.x
-                body.b = len(checkpoint_key(body.id)) + len(pack(body))
+                body = self._child(head, new, source, now)
                 if self.places is not None:
                     await self.put_hints(thread_id, body)
                 change = self._change(warm, head, Numbers(head.n, head.blocks, head.open), new, body, now)
@@ -584,22 +597,36 @@ class Threads(ThreadReader):
                     return body
                 await tries.another()
 
-    async def copy(self, source_thread: str, thread_id: str, checkpoint_id: str | None) -> int:
+    def _child(self, head: HeadBody, new: New, source: CheckpointBody, now: int) -> CheckpointBody:
+        """Return a checkpoint of the same state as `source`."""
+        body = self._body(head, new, bytes(source.s), 0, now)
+        body.z, body.parent = source.z, source.id
+        body.ver, body.x = source.ver, source.x
+        body.b = len(checkpoint_key(body.id)) + len(pack(body))
+        return body
+
+    async def copy(
+        self, source_thread: str, thread_id: str, checkpoint_id: str | None, child: New | None = None
+    ) -> list[CheckpointBody]:
         """Copy a thread, or one checkpoint of it, to a thread that does not exist.
 
-        Returns how many checkpoints. The copy shares nothing with its source.
-        Its head comes last: without it, nothing was copied.
+        Returns the checkpoints. The copy shares nothing with its source. `child`
+        is put after the last of them, with the same state. The head comes last:
+        without it, nothing was copied.
         """
         source, target = self.partition(source_thread), self.partition(thread_id)
         for attempt in range(_COPY_TRIES):
-            head, _ = await self.stored_head(source)
+            keys = [HEAD] if checkpoint_id is None else [HEAD, checkpoint_key(checkpoint_id)]
+            entry, *only = await self.store.coalescer.get([Key(source, key) for key in keys])
+            head = None if entry is None else self.head(source, entry)
             if head is None or not self.alive(head, self.store.clock()):
                 message = f"no thread {source_thread!r}"
                 raise NotFoundError(message, partition=source)
-            # Later ones have numbers that this head has not given out.
-            found = [one for one in await self.listed(source, head) if one.id <= head.i]
-            if checkpoint_id is not None:
-                found = [one for one in found if one.id == checkpoint_id]
+            if checkpoint_id is None:
+                # Later ones have numbers that this head has not given out.
+                found = [one for one in await self.listed(source, head) if one.id <= head.i]
+            else:
+                found = [self._found(source, one) for one in only if one and checkpoint_id > head.fl]
                 if not found:
                     raise _no_checkpoint(checkpoint_id, source)
             if not found:  # all were removed since the head was read
@@ -611,14 +638,20 @@ class Threads(ThreadReader):
                     message = f"checkpoint {one.id} cannot be copied: {one.error}"
                     raise CorruptRecordError(message, partition=source, key=checkpoint_key(one.id))
                 bodies.append(one.body)
-            return await self._copy(source, head, bodies, thread_id, target)
+            return await self._copy(source, head, bodies, thread_id, target, child)
         message = "the thread was changed again and again while it was copied"
         raise ConflictError(message, partition=source)
 
     async def _copy(
-        self, source: str, head: HeadBody, bodies: list[CheckpointBody], thread_id: str, target: str
-    ) -> int:
-        """Copy the checkpoints, but those that are removed from the source meanwhile; return how many."""
+        self,
+        source: str,
+        head: HeadBody,
+        bodies: list[CheckpointBody],
+        thread_id: str,
+        target: str,
+        child: New | None,
+    ) -> list[CheckpointBody]:
+        """Copy the checkpoints, but those that are removed from the source meanwhile; return them."""
         upload_id = self.store.ids()
         spans = union(span for body in bodies for span in self.spans(source, body))
         now = self.store.clock()
@@ -671,16 +704,27 @@ class Threads(ThreadReader):
                 if not bodies:
                     message = "the checkpoints were removed while they were copied"
                     raise ConflictError(message, partition=source)
-            puts = (Put(checkpoint_key(body.id), pack(body)) for body in bodies)
+            last = head
+            made = bodies
+            if child is not None:
+                body = self._child(head, child, bodies[-1], self.store.clock())
+                last = replace(head, i=body.id, o=body.n)  # its id follows those of all copies
+                made = [*bodies, body]
+                bodies = made if child.cap is None else made[max(0, len(made) - child.cap) :]
+            copies = bodies if last is head else [body for body in bodies if body.id != last.i]
+            puts = (Put(checkpoint_key(body.id), pack(body)) for body in copies)
             needed = union(span for body in bodies for span in self.spans(source, body))
             if subtract(needed, runs(copied)):
                 message = "pieces of a checkpoint are missing"
                 raise CorruptRecordError(message, partition=source)
             spare = subtract(spans, needed)
-            done = replace(begun, k=len(bodies), o=head.o, l=bodies[-1], fl="", dr=spare, p={}, up=now)
+            latest = bodies[-1] if bodies else None
+            done = replace(begun, k=len(bodies), i=last.i, o=last.o, l=latest, fl="", dr=spare, p={}, up=now)
             await self.put_thread_hint(thread_id, done)
             mark_version = await self._put_in_batches(target, upload_id, mark_version, puts)
             ops: list[Op] = [Put(HEAD, pack(done), version), Delete(PENDING + upload_id, mark_version)]
+            # Not before: the head that announces the copy does not hide it.
+            ops += [Put(checkpoint_key(body.id), pack(body)) for body in bodies[len(copies) :]]
             if not (mark_version and await self.store.coalescer.write(target, ops)):
                 raise ConflictError(changed, partition=target)
             if self.places is not None:
@@ -691,7 +735,7 @@ class Threads(ThreadReader):
             raise
         if spare:
             await self.clean(target)
-        return len(bodies)
+        return made
 
     async def _put_in_batches(self, partition: str, upload_id: str, version: int, puts: Iterable[Put]) -> int:
         """Write `puts` as a part of an upload; return the version of its mark, `ABSENT` if it was ended.
@@ -769,6 +813,7 @@ class _Change(NamedTuple):
     ops: list[Op]
     kept: list[Kept] | None
     hints: list[Key]
+    gone: list[Span]  # pieces
 
 
 class _Uploading:
@@ -864,10 +909,12 @@ def _given_out(head: HeadBody) -> list[Span]:
 
 def _only(victims: Iterable[Kept], kept: Sequence[Kept]) -> list[Span]:
     """Return the pieces that only `victims` need: none, if it cannot be known what the others need."""
-    spans = union(span for victim in victims for span in victim.spans or ())
-    if not spans or any(one.spans is None for one in kept):
-        return []
-    return subtract(spans, [span for one in kept for span in one.spans or ()])
+    left = union(span for victim in victims for span in victim.spans or ())
+    for one in kept:  # the next one needs most of them: what is left to be looked up in the others is little
+        if not left or one.spans is None:
+            return []
+        left = subtract(left, one.spans)
+    return left
 
 
 def _id_after(id: str) -> str:

@@ -21,10 +21,11 @@ from persistence import (
     SessionRecord,
     create_persistence,
 )
-from persistence.driver import Delete, Key, Page, Put, Write
+from persistence.driver import Delete, Entry, Key, Page, Put, Write
 from persistence.drivers.memory import MemoryDriver
 from persistence.numbering import BLOCKS
 from persistence.testing import MakeDriver
+from persistence.thread_reader import piece_key
 
 STORED = pytest.mark.parametrize("make_driver", ["memory", "sqlite"], indirect=True)
 
@@ -233,6 +234,94 @@ async def test_a_thread_that_begins_anew_while_repair_forgets_it_stays() -> None
         assert await p.checkpoints.get("t") == {"anew": True}
 
 
+async def test_a_put_while_repair_frees_a_thread_stays() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        await p.checkpoints.put("t", state(3))
+        await driver.commit([Write("thread/t", (Put(piece_key(999), b"0"),), 5)])  # which nothing needs
+        driver.hooks["commit thread/t head"] = lambda: q.checkpoints.put("t", state(5))
+        await p.repair()
+        assert driver.hooks == {}
+        assert await p.checkpoints.get("t") == state(5)
+        assert len(await p.checkpoints.list("t")) == 2
+
+
+async def test_what_is_removed_while_repair_reads_a_thread_is_not_taken_for_missing() -> None:
+    driver = Hooked()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        for of in "ab":
+            await p.checkpoints.put("t", state(3, of))
+        driver.hooks["scan thread/t piece"] = lambda: q.checkpoints.prune("t", keep_last=1)
+        assert (await p.repair()).corrupt == []
+        assert driver.hooks == {}
+
+
+async def test_repair_leaves_a_checkpoint_listed_that_cannot_be_read() -> None:
+    driver, now = MemoryDriver(), 1_800_000_000_000
+    async with create_persistence(driver, clock=lambda: now) as p:
+        step = {"agent_id": "a", "session_id": "s", "agent_type": "coder", "name": "step", "state": {}}
+        id, other = [await p.checkpoints.store_checkpoint(step) for _ in range(2)]
+        key = f"checkpoint/{id.partition(':')[0]}"
+        assert key in await keys(p, "named/a")
+        await driver.commit([Write("named/a", (Put(key, b"junk"),), 5)])
+        now += 2 * 3_600_000
+        report = await p.repair()
+        assert (report.hints_removed, report.corrupt_count) == (0, 1)
+        assert [one.id for one in await p.checkpoints.list_checkpoints(agent_id="a")] == [other]
+
+
+async def test_a_thread_is_forgotten_a_week_after_its_last_checkpoint_went_however_old_it_is() -> None:
+    driver, now = MemoryDriver(), 1_700_000_000_000
+    async with create_persistence(driver, clock=lambda: now) as p:
+        meta = await p.checkpoints.put("t", state(3))
+        now += 8 * 86_400_000
+        await p.checkpoints.delete("t", meta.id)
+        assert (await p.repair()).tombstones_removed == 0
+        now += 8 * 86_400_000
+        assert (await p.repair()).tombstones_removed == 1
+
+
+async def test_a_listing_passes_by_a_thread_whose_first_put_was_killed_and_ends_where_it_ends() -> None:
+    driver, now = MemoryDriver(), 1_700_000_000_000
+    async with create_persistence(driver, clock=lambda: now) as p:
+        for n in range(6):
+            now += 1
+            await p.checkpoints.put(f"t{n}", n)
+        await driver.purge("thread/t4", "!", None)  # its entry in the listing comes first
+        cursor, pages = None, []
+        for limit in (2, 2, 1):
+            page = await p.checkpoints.list_threads(limit=limit, cursor=cursor)
+            pages.append([thread.thread_id for thread in page])
+            cursor = page.cursor
+        assert (pages, cursor) == ([["t5", "t3"], ["t2", "t1"], ["t0"]], None)
+
+
+async def test_a_dry_run_tells_what_a_repair_of_threads_does_and_changes_nothing() -> None:
+    driver, now = MemoryDriver(), 1_700_000_000_000
+
+    async def everything() -> list[list[Entry]]:
+        names, _ = await driver.partitions(None, 100)
+        return [(await driver.scan(name, "", None, limit=1000)).entries for name in names]
+
+    async with create_persistence(driver, clock=lambda: now) as p:
+        await p.checkpoints.put("expired", state(3), expires_at=now + 1)
+        await p.checkpoints.put("spare", state(3))
+        await driver.commit([Write("thread/spare", (Put(piece_key(999), b"0"),), 5)])  # which nothing needs
+        await p.checkpoints.put("forgotten", 1)
+        await p.checkpoints.delete("forgotten")
+        await driver.purge("index/deadlines", "!", None)  # those are found without it
+        now += 8 * 86_400_000
+        before = await everything()
+        foreseen = await p.repair(dry_run=True)
+        assert (foreseen.threads_expired, foreseen.pieces_removed, foreseen.tombstones_removed) == (1, 1, 1)
+        assert await everything() == before
+        assert await p.repair() == foreseen
+        assert await keys(p, "thread/expired") == ["head"]
+        assert piece_key(999) not in await keys(p, "thread/spare")
+        assert await keys(p, "thread/forgotten") == []
+        assert await p.checkpoints.get("spare") == state(3)
+
+
 async def test_a_thread_that_was_renewed_within_the_hour_goes_at_its_new_time() -> None:
     hour = 3_600_000
     now = start = 400_000 * hour
@@ -243,6 +332,19 @@ async def test_a_thread_that_was_renewed_within_the_hour_goes_at_its_new_time() 
         assert await p.checkpoints.delete_expired() == 0  # which takes the first deadline with it
         now = start + 3 * hour
         assert await p.checkpoints.delete_expired() == 2
+
+
+async def test_a_deadline_that_is_noted_while_its_hour_is_forgotten_comes() -> None:
+    driver, hour = Hooked(), 3_600_000
+    now = start = 400_000 * hour
+    async with create_persistence(driver, clock=lambda: now) as p, create_persistence(driver) as q:
+        await p.checkpoints.put("t", 1, expires_at=start + 1)
+        now += 3 * hour
+        forgets = f"commit index/deadlines {start // hour:012d}"
+        driver.hooks[forgets] = lambda: q.checkpoints.put("u", 1, expires_at=start + 2)
+        assert await p.checkpoints.delete_expired() == 1
+        assert driver.hooks == {}
+        assert await p.checkpoints.delete_expired() == 1
 
 
 async def test_repair_beside_a_copy_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import random
+import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,9 +29,12 @@ from persistence import (
     Persistence,
     UnavailableError,
     create_persistence,
+    pieces,
+    thread_reader,
+    threads,
 )
 from persistence.checkpoints import NamedAgentCheckpoint
-from persistence.driver import Put
+from persistence.driver import Entry, Key, Put
 from persistence.drivers.memory import MemoryDriver
 from persistence.ids import now_ms
 from persistence.pieces import count, runs, subtract, union
@@ -224,8 +229,19 @@ async def test_a_listing_filters_by_metadata_label_and_run(p: Persistence) -> No
     assert await found(metadata={"even": 1}) == []
     assert await found(metadata={"unknown": None}) == []
     assert await found(metadata={"tag": {"a": [1]}, "even": False}) == [7, 1]
+    assert await found(metadata={"tag": {"a": [True]}}) == []
     assert await found(label="third", run_id="r1") == [9, 6]
     assert await found(metadata={"even": True}, limit=2) == [8, 6]
+
+
+async def test_branches_of_a_list_that_grows_overwrite_nothing_of_each_other(p: Persistence) -> None:
+    def of(step: int, *names: object) -> dict[str, Any]:
+        return {"messages": [f"{name} " * 300 for name in names], "step": [f"{step} " * 3000]}
+
+    states = [of(0, *range(10)), of(1, *range(11)), of(2, *range(12)), of(3, *range(11), "other")]
+    metas = [await p.checkpoints.put("t", given) for given in states[:3]]
+    metas.append(await p.checkpoints.put("t", states[3], parent_id=metas[1].id))
+    assert [await p.checkpoints.get("t", meta.id) for meta in metas] == states
 
 
 async def test_labels_can_be_changed(p: Persistence) -> None:
@@ -233,6 +249,9 @@ async def test_labels_can_be_changed(p: Persistence) -> None:
     await p.checkpoints.set_labels("t", first.id, ["good", "good"])
     await p.checkpoints.set_labels("t", second.id, [])
     assert [meta.labels for meta in await p.checkpoints.list("t")] == [(), ("good",)]
+    latest = await p.checkpoints.get_meta("t")
+    assert latest is not None
+    assert latest.labels == ()
     assert (await p.checkpoints.put("t", 3)).parent_id == second.id
     with pytest.raises(NotFoundError):
         await p.checkpoints.set_labels("t", "unknown", [])
@@ -698,6 +717,7 @@ async def test_repair_ends_large_puts_that_do_not_go_on(
         await a.checkpoints.put("t", 0)
         task = asyncio.create_task(a.checkpoints.put("t", large(40)))
         await driver.third.wait()
+        assert (await b.repair(dry_run=True)).uploads_ended == (0 if goes_on else 1)
         report = await b.repair()
         if goes_on:
             assert (report.uploads_ended, report.pieces_removed) == (0, 0)
@@ -1095,6 +1115,156 @@ async def test_who_has_read_the_latest_puts_the_next_in_one_round_trip() -> None
         assert await other.checkpoints.get("t") == state(12)
 
 
+async def test_a_first_put_that_expires_takes_three_round_trips(driver: RecordingDriver) -> None:
+    async with create_persistence(driver) as p:
+        driver.forget()
+        await p.checkpoints.put("t", 1, expires_at=now_ms() + 10_000)
+        assert driver.calls == ["scan", "commit", "commit"]
+
+
+async def test_a_put_at_the_cap_looks_at_as_much_however_high_the_cap_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at = 0
+
+    def counted(spans: Iterable[pieces.Span]) -> list[pieces.Span]:
+        nonlocal looked_at
+        found = list(spans)
+        looked_at += len(found)
+        return union(found)
+
+    monkeypatch.setattr(pieces, "union", counted)
+    monkeypatch.setattr(threads, "union", counted)
+    made = []
+    for cap in (10, 100):
+        chance = random.Random(3)
+        given = state(60)
+        async with create_persistence(MemoryDriver()) as p:
+            for i in range(cap + 20):
+                given["messages"][chance.randrange(60)] = message(1000 + i)
+                looked_at = 0
+                await p.checkpoints.put("t", given, max_checkpoints_per_thread=cap)
+            made.append(looked_at)
+            assert await spare(p) == 0
+    assert made[1] < 2 * made[0]
+
+
+async def test_what_is_remembered_of_checkpoints_is_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(value: Any) -> int:
+        return sys.getsizeof(value) + (sum(map(size, value)) if isinstance(value, list | tuple) else 0)
+
+    bound = 1 << 20
+    monkeypatch.setattr(thread_reader, "_WARM_BYTES", bound)
+    given = state(20)
+    async with create_persistence(MemoryDriver()) as p:
+        for i in range(2_000):
+            given["messages"][i * 7 % 20] = message(i)
+            await p.checkpoints.put(f"t{i % 40}", given, max_checkpoints_per_thread=50)
+            checkpoint = {**named(), "agent_id": f"a{i % 40}", "state": 1}
+            await p.checkpoints.store_checkpoint(checkpoint, max_checkpoints_per_agent=50)
+        for kind in (p.checkpoints.threads, p.checkpoints.agents):
+            assert sum(size(warm.kept) for warm in kind._warm.values() if warm.kept) < bound
+
+
+async def test_to_remove_checkpoints_reads_each_of_them_once(driver: RecordingDriver) -> None:
+    async with create_persistence(driver) as p:
+        for i in range(700):
+            meta = await p.checkpoints.put("t", i, max_checkpoints_per_thread=None)
+        driver.forget()
+        assert await p.checkpoints.delete("t", meta.id) == 1
+        assert driver.calls == ["get", "scan", "commit"]
+        driver.forget()
+        assert (await p.checkpoints.prune("t", keep_last=10)).checkpoints == 689
+        assert driver.calls == ["get", "scan", *["commit"] * 4]
+        assert [one.seq for one in await p.checkpoints.list("t")] == list(range(699, 689, -1))
+
+
+async def test_pruning_all_threads_reads_no_further_where_there_are_few_enough(
+    driver: RecordingDriver,
+) -> None:
+    async with create_persistence(driver) as p:
+        for i in range(100):
+            await p.checkpoints.put(f"t{i}", i)
+        driver.forget()
+        assert not await p.checkpoints.prune(keep_last=1)
+        assert driver.calls == ["scan", "get"]
+
+
+async def test_many_pieces_here_and_there_are_removed_by_few_calls(driver: RecordingDriver) -> None:
+    chance = random.Random(7)
+    given = state(150)
+    async with create_persistence(driver) as p:
+        for i in range(120):
+            for j in range(5):
+                given["messages"][chance.randrange(150)] = message(1000 + 5 * i + j)
+            await p.checkpoints.put("t", given, max_checkpoints_per_thread=None)
+        driver.forget()
+        assert (await p.checkpoints.prune("t", keep_last=10)).pieces > 300
+        assert len(driver.calls) < 20
+        assert await p.checkpoints.get("t") == given
+        assert await spare(p) == 0
+
+
+async def test_one_checkpoint_is_copied_without_a_look_at_the_others(driver: RecordingDriver) -> None:
+    async with create_persistence(driver) as p:
+        for i in range(30):
+            meta = await p.checkpoints.put("t", i)
+        driver.forget()
+        await p.checkpoints.copy_thread("t", "copy", checkpoint_id=meta.id)
+        await p.checkpoints.fork("t", meta.id, new_thread_id="branch")
+        assert "scan" not in driver.calls
+        assert await p.checkpoints.get("copy") == await p.checkpoints.get("branch") == 29
+        with pytest.raises(NotFoundError, match="no checkpoint"):
+            await p.checkpoints.copy_thread("t", "none", checkpoint_id=str(uuid.uuid4()))
+
+
+async def test_a_short_listing_reads_little_and_each_head_once() -> None:
+    class Keys(RecordingDriver):
+        keys = 0
+
+        async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+            self.keys += len(keys)
+            return await super().get(keys)
+
+    driver = Keys()
+    async with create_persistence(driver) as p:
+        for i in range(120):
+            await p.checkpoints.store_checkpoint({**named(), "name": f"n{i}", "created_at": i})
+        driver.keys = 0
+        found = await p.checkpoints.list_checkpoints(limit=1)
+        assert [item.name for item in found] == ["n119"]
+        assert driver.keys == 3  # the head, this one, and the next
+        driver.keys = 0
+        assert len(await p.checkpoints.list_checkpoints()) == 120
+        assert driver.keys == 122  # in two pages
+
+
+async def test_repair_asks_for_what_listings_name_by_the_page(driver: RecordingDriver) -> None:
+    later = now_ms() + 4_000_000
+    async with create_persistence(driver) as p:
+        for i in range(100):
+            await p.checkpoints.store_checkpoint({**named(), "name": f"n{i}", "state": i})
+            await p.checkpoints.put(f"t{i}", i)
+    driver = RecordingDriver(driver.memory)
+    async with create_persistence(driver, clock=lambda: later) as p:
+        driver.forget()
+        assert (await p.repair(dry_run=True)).hints_removed == 0
+        assert driver.calls.count("get") < 40
+
+
+async def test_what_has_expired_is_deleted_many_at_once(driver: RecordingDriver) -> None:
+    at = now_ms()
+    async with create_persistence(driver) as p:
+        for i in range(64):
+            await p.checkpoints.put(f"t{i}", i, expires_at=at + 100_000)
+    driver = RecordingDriver(driver.memory)
+    async with create_persistence(driver, clock=lambda: at + 200_000) as p:
+        driver.forget()
+        assert await p.checkpoints.delete_expired() == 64
+        assert driver.calls.count("commit") < 64
+        assert driver.calls.count("get") < 64
+
+
 async def test_what_another_has_removed_is_not_taken_to_be_there_still() -> None:
     driver = RecordingDriver()
     texts = [f"{i} " * 400 for i in range(3)]
@@ -1105,6 +1275,41 @@ async def test_what_another_has_removed_is_not_taken_to_be_there_still() -> None
         await p.checkpoints.put("t", texts, max_checkpoints_per_thread=1)
         assert await other.checkpoints.get("t") == texts
         assert await spare(p) == 0
+
+
+async def test_states_that_take_turns_are_stored_once(driver: RecordingDriver) -> None:
+    first, second = state(60), {"version": 2, "documents": [message(i) for i in range(900, 960)]}
+    async with create_persistence(driver) as p:
+        for _ in range(2):
+            for given in first, second:
+                meta = await p.checkpoints.put("t", given, max_checkpoints_per_thread=3)
+        for given in [first, second] * 5:
+            meta = await p.checkpoints.put("t", given, max_checkpoints_per_thread=3)
+            assert meta.stored_bytes < 600
+            assert await p.checkpoints.get("t") == given
+        assert await spare(p) == 0
+        for _ in range(3):
+            await p.checkpoints.put("t", second, max_checkpoints_per_thread=3)
+        assert await spare(p) == 0
+        await p.checkpoints.put("t", first, max_checkpoints_per_thread=3)  # nothing of it was there any more
+        assert await p.checkpoints.get("t") == first
+        assert await spare(p) == 0
+
+
+async def test_a_message_that_is_finished_one_step_later_costs_no_rewriting_of_the_others(
+    driver: RecordingDriver,
+) -> None:
+    grown: dict[str, Any] = {"version": 2, "messages": []}
+    async with create_persistence(driver) as p:
+        for i in range(1000):
+            if i:
+                grown["messages"][-1] |= {"status": "done"}
+            grown["messages"].append({**message(i), "status": "pending"})
+            meta = await p.checkpoints.put("t", grown, max_checkpoints_per_thread=None)
+            assert i < 9 or meta.stored_bytes < 200 * 1024
+        assert await p.checkpoints.get("t") == grown
+        assert await spare(p) == 0
+        assert sum(bytes for _, bytes in await stored(p)) <= 5 * meta.size_bytes
 
 
 async def test_a_state_changed_here_and_there_does_not_fall_to_pieces(driver: RecordingDriver) -> None:
@@ -1218,6 +1423,21 @@ async def test_killed_anywhere_and_repaired_nothing_leaks_and_nothing_is_lost(
             assert await after.checkpoints.get("t") == state(5)
         lives += 1
     assert lives > 15
+
+
+@pytest.mark.parametrize("applied", [True, False])
+async def test_a_fork_into_a_thread_of_its_own_is_there_whole_or_not_at_all(applied: bool) -> None:
+    for lives in range(1, 9):
+        memory = MemoryDriver()
+        async with create_persistence(memory) as p:
+            source = (await p.checkpoints.put("t", state(30))).id
+        dying = await create_persistence(Mortal(memory, lives, applied=applied))
+        with suppress(asyncio.CancelledError, UnavailableError, OutcomeUnknownError):
+            await dying.checkpoints.fork("t", source, new_thread_id="u", labels=["branch"])
+        async with create_persistence(memory) as p:
+            found = await p.checkpoints.list("u")
+            assert [meta.labels for meta in found] in ([], [("branch",), ()])
+            assert not found or await p.checkpoints.get("u") == state(30)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -9,9 +9,11 @@ import os
 import pty
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -719,3 +721,20 @@ def test_closed_output_is_no_error(tmp_path: Path) -> None:
 
 def test_a_narrow_terminal_shows_ids(imported: str) -> None:
     assert "airline" in run("sessions", imported, COLUMNS="30").stdout
+
+
+@pytest.mark.parametrize("id", ["[link=http://x]click[/link]", "\x1b[31mred", "[/]"])
+def test_an_id_that_somebody_wrote_into_the_store_gives_the_terminal_no_commands(url: str, id: str) -> None:
+    async def prepare() -> None:
+        async with create_persistence(url) as p:
+            meta = await p.checkpoints.put("t", {"a": 1})
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db, db:
+            quoted = json.dumps(id)[1:-1]
+            for place, value in db.execute("SELECT rowid, v FROM persistence").fetchall():
+                changed = value.replace(meta.id.encode(), quoted.encode())
+                db.execute("UPDATE persistence SET v = ? WHERE rowid = ?", (changed, place))
+
+    asyncio.run(prepare())
+    shown = id.replace("\x1b", "\\x1b")
+    assert shown in "".join(run("threads", url).stdout.split("\n"))
+    assert shown in "".join(run("checkpoints", url, "t").stdout.split("\n"))

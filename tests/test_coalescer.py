@@ -869,6 +869,21 @@ async def test_callers_who_share_a_failure_do_not_share_the_error() -> None:
     await core.close()
 
 
+async def test_a_write_without_an_answer_stays_unknown_where_the_store_then_refuses_to_be_asked() -> None:
+    class Refused(MemoryDriver):
+        async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+            raise ConfigurationError("the password is wrong")
+
+        async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+            await super().commit(writes)
+            raise ConnectionResetError
+
+    core = await opened(Refused())
+    with pytest.raises(OutcomeUnknownError, match="the password is wrong"):
+        await core.write("p", [Put("k", b"", ABSENT)])
+    await core.close()
+
+
 async def test_a_stalled_partition_does_not_stop_its_lane() -> None:
     driver = FaultyDriver()
     core = await opened(driver)
@@ -1316,8 +1331,16 @@ def test_a_loop_that_ends_in_the_middle_leaves_no_noise() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_get_limit_is_the_contract_s() -> None:
+async def test_no_get_asks_for_more_keys_than_the_contract_allows(
+    core: Coalescer, driver: RecordingDriver
+) -> None:
     assert MAX_GET_KEYS == 256
+    driver.gate.clear()
+    reads = [asyncio.ensure_future(core.get([Key("p", f"{n}-{of}") for of in range(100)])) for n in range(9)]
+    await beats()
+    driver.gate.set()
+    assert await asyncio.gather(*reads) == [[None] * 100] * 9
+    assert driver.calls.count("get") == 5
 
 
 async def _open_and_count(driver: Driver) -> int:

@@ -150,6 +150,17 @@ def test_integers_of_any_length_stay_integers(bits: int, sign: int) -> None:
         assert same(back({number: b""}), {number: b""})
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_lacks_come_back(number: float) -> None:
+    assert same(back(number), number)
+    assert same(back({"n": [number, b""]}), {"n": [number, b""]})
+
+
+def test_what_is_wide_is_not_taken_for_deep() -> None:
+    wide: list[Any] = [[{}] for _ in range(1000)]
+    assert back(wide) == wide
+
+
 def test_the_order_of_keys_stays() -> None:
     for value in ({"z": 1, "a": 2, "m": 3}, {"z": b"", "a": 2, "m": 3}, {9: 1, "a": 2, 1: 3}):
         assert list(back(value)) == list(value)

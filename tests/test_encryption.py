@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from persistence import (
     memory_driver,
     sqlite_driver,
 )
-from persistence.driver import Key, Put, Write
+from persistence.driver import Entry, Key, Put, Write
 from persistence.drivers.memory import MemoryDriver
 from persistence.encryption import EncryptedDriver, encrypted
 from persistence.store import ENCRYPTED, SEAL
@@ -69,15 +71,25 @@ async def test_a_new_key_in_front_reads_what_the_old_one_wrote() -> None:
             await p.sessions.get_messages("s")
 
 
-@pytest.mark.parametrize("change", ["moved", "flipped", "cut", "clear"])
+async def test_no_nonce_is_used_twice() -> None:
+    inner = memory_driver()
+    ops = tuple(Put(f"{n:03}", b"the same") for n in range(100))
+    await EncryptedDriver(inner, KEY).commit([Write("p", ops, 5), Write("q", ops, 5)])
+    entries = [entry for name in "pq" for entry in (await inner.scan(name, "", None, limit=100)).entries]
+    assert len({entry.value[5:17] for entry in entries}) == 200
+
+
+@pytest.mark.parametrize("change", ["moved", "moved far", "flipped", "cut", "clear"])
 async def test_a_changed_or_moved_value_is_corrupt(change: str) -> None:
     inner = memory_driver()
     driver = EncryptedDriver(inner, KEY)
-    await driver.commit([Write("p", (Put("a", b"1"), Put("b", b"2")), 5)])
-    (entry,) = await inner.get([Key("p", "a")])
+    await driver.commit([Write("p", (Put("a", b"1"), Put("b", b"2")), 5), Write("q", (Put("b", b"3"),), 5)])
+    entry, far = await inner.get([Key("p", "a"), Key("q", "b")])
     assert entry is not None
+    assert far is not None
     value = {
         "moved": entry.value,
+        "moved far": far.value,  # to the same key of another partition
         "flipped": entry.value[:-1] + bytes([entry.value[-1] ^ 1]),
         "cut": entry.value[:-1],
         "clear": b"1",
@@ -143,6 +155,58 @@ async def test_a_seal_that_could_not_be_written_is_told() -> None:
         await create_persistence(encrypted(Lossy(), KEY))
 
 
+class _Slow(MemoryDriver):
+    """Lets others go first, counts who has it open, and begins its partitions with an empty page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened = self.commits = 0
+        self.may_lose = False
+
+    async def open(self) -> None:
+        self.opened += 1
+
+    async def close(self) -> None:
+        self.opened -= 1
+
+    async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        await asyncio.sleep(0)
+        return await super().get(keys)
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        self.commits += 1
+        await asyncio.sleep((self.commits - 1) / 100)
+        return await super().commit(writes)
+
+    async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
+        return ([], "") if cursor is None else await super().partitions(cursor, limit)
+
+
+async def test_of_two_who_begin_a_store_with_different_keys_one_is_refused() -> None:
+    inner = _Slow()
+    opened = [encrypted(inner, KEY), encrypted(inner, NEW_KEY)]
+    outcomes = await asyncio.gather(*(driver.open() for driver in opened), return_exceptions=True)
+    assert sorted(map(type, outcomes), key=repr) == [type(None), ConfigurationError]
+    await opened[outcomes.index(None)].open()
+
+
+async def test_a_store_that_is_refused_is_closed_again() -> None:
+    inner = _Slow()
+    await inner.commit([Write("p", (Put("a", b"clear"),), 5)])
+    with pytest.raises(ConfigurationError, match="not encrypted"):
+        await encrypted(inner, KEY).open()
+    assert inner.opened == 0
+
+
+def test_what_an_encrypted_store_may_lose_is_what_its_driver_may() -> None:
+    inner = _Slow()
+    driver = encrypted(inner, KEY)
+    assert not driver.may_lose
+    inner.may_lose = True  # found out when it opens
+    assert driver.may_lose
+    assert not encrypted(memory_driver(), KEY).may_lose
+
+
 @pytest.mark.parametrize("keys", [(), (b"short",), ("x" * 32,), (KEY, b"")])
 def test_a_bad_key_is_refused_and_not_shown(keys: tuple[bytes, ...]) -> None:
     with pytest.raises(ConfigurationError) as caught:
@@ -183,3 +247,25 @@ async def test_a_checkpoint_that_was_tampered_with_hides_no_other() -> None:
     async with create_persistence(encrypted(memory, b"k" * 32)) as p:
         assert len(await p.checkpoints.list("t")) == 4
         assert await p.checkpoints.delete("t", metas[0].id) == 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_key_for_each_namespace_keeps_their_entries_apart(tmp_path: Path, shared: bool) -> None:
+    path = tmp_path / "x.db"
+    keys = {"a": KEY, "b": KEY if shared else NEW_KEY}
+
+    def of(namespace: str) -> EncryptedDriver:
+        return encrypted(sqlite_driver(path, namespace=namespace), keys[namespace])
+
+    for namespace in keys:
+        async with create_persistence(of(namespace)) as p:
+            await p.sessions.add_message("s", {"of": namespace})
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("DELETE FROM persistence WHERE p = 'b/session/s'")
+        db.execute("UPDATE persistence SET p = 'b/session/s' WHERE p = 'a/session/s'")
+    async with create_persistence(of("b")) as p:
+        if shared:  # as the documentation says
+            assert await p.sessions.get_messages("s") == [{"of": "a"}]
+        else:
+            with pytest.raises(CorruptRecordError):
+                await p.sessions.get_messages("s")

@@ -504,6 +504,25 @@ async def test_a_full_disk_leaves_the_file_as_it_was(
             assert await content(driver, name) == {"a": b"4"}
 
 
+@pytest.mark.parametrize("durability", ["power", "process"])
+async def test_the_names_of_a_new_file_and_its_folders_are_made_safe_for_power_alone(
+    durability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, synced = os.fsync, set[int]()
+
+    def note(fd: int) -> None:
+        synced.add(os.fstat(fd).st_ino)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    async with opened(tmp_path / "a" / "b", durability=durability) as driver:
+        await put(driver, "p", a=b"1")
+        (path,) = tmp_path.glob("**/*.jsonl")
+        holders = [folder for folder in path.parents if folder.is_relative_to(tmp_path)]
+        assert len(holders) == 5
+        assert synced == ({folder.stat().st_ino for folder in holders} if durability == "power" else set())
+
+
 async def test_a_write_that_could_not_be_synced_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -734,3 +753,34 @@ async def test_what_a_killed_writer_had_acknowledged_is_whole(tmp_path: Path) ->
                     assert found["a"] == found["b"] == found["c"]
                     assert found["a"].startswith(b'"%d ' % len(log))
         await put(driver, "p", a=b"1")
+
+
+# What somebody else may have put there.
+
+
+async def test_no_link_leads_a_compaction_to_a_file_that_is_none_of_ours(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("precious")
+    async with opened(tmp_path / "store") as driver:
+        await put(driver, "p", a=b"1")
+        (log,) = logs(tmp_path / "store")
+        log.with_suffix(".new").symlink_to(other)
+        for _ in range(60):
+            await put(driver, "p", a=b"x" * 8_000)
+        assert log.stat().st_size < 60 * 8_000
+        assert await content(driver) == {"a": b"x" * 8_000}
+    assert other.read_text() == "precious"
+
+
+async def test_no_link_leads_a_write_to_a_file_that_is_none_of_ours(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("precious, and without a newline")
+    async with opened(tmp_path / "store") as driver:
+        await put(driver, "p", a=b"1")
+    (log,) = logs(tmp_path / "store")
+    log.unlink()
+    log.symlink_to(other)
+    async with opened(tmp_path / "store") as driver:
+        with pytest.raises(ConfigurationError, match="symbolic link"):
+            await put(driver, "p", a=b"2")
+    assert other.read_text() == "precious, and without a newline"

@@ -406,6 +406,15 @@ async def test_a_clear_clears_what_others_added(p: Persistence, q: Persistence) 
     assert await q.sessions.count_messages("s") == 0
 
 
+async def test_a_clear_that_waits_behind_a_message_takes_it_along(p: Persistence, q: Persistence) -> None:
+    await p.sessions.add_messages("s", [{"n": 0}, {"n": 1}])
+    # Neither knows where the session ends: they wait for that together.
+    _, cleared = await asyncio.gather(q.sessions.add_message("s", {"n": 2}), q.sessions.clear_messages("s"))
+    assert cleared == 3
+    assert await p.sessions.get_messages("s") == []
+    assert await q.sessions.add_message("s", {"n": 3}) == 5
+
+
 async def test_a_truncate_knows_what_others_added(p: Persistence, q: Persistence) -> None:
     await p.sessions.add_message("s", {})
     await q.sessions.add_messages("s", [{}] * 3)
@@ -522,6 +531,48 @@ async def test_a_clear_that_is_always_outpaced_gives_up(
         assert caught.value.partition == SESSION
     driver.apply = commit  # type: ignore[method-assign]
     assert await p.sessions.count_messages("s") == 1
+
+
+async def test_a_store_that_was_away_between_two_refusals_is_no_faster_writer(
+    p: Persistence, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.log.RETRY_SECONDS", 0.01)
+    await p.sessions.add_message("s", {"n": 1})
+    apply, tries = driver.apply, 0
+
+    async def lose_twice(writes: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        await asyncio.sleep(0.02)
+        return await apply(writes) if tries > 2 else [False] * len(writes)
+
+    driver.apply = lose_twice  # type: ignore[method-assign]
+    assert await p.sessions.add_message("s", {"n": 2}) == 2
+
+
+async def test_who_loses_to_others_again_and_again_does_not_pause_ever_longer(
+    p: Persistence, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    apply, tries = driver.apply, 0
+
+    async def lose_often(writes: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        return [False] * len(writes) if tries <= 20 else await apply(writes)
+
+    monkeypatch.setattr("persistence.coalescer.asyncio.sleep", pause)
+    await p.sessions.add_message("s", {"n": 1})
+    driver.apply = lose_often  # type: ignore[method-assign]
+    assert await p.sessions.add_message("s", {"n": 2}) == 2
+    assert sum(seconds > 0 for seconds in pauses) == 20
+    assert max(pauses) <= 0.08  # the winner makes none: whoever doubled them would never have a turn
 
 
 async def test_a_slow_store_is_no_faster_writer(
@@ -933,6 +984,23 @@ async def test_no_entry_is_emptied_after_the_store_has_lost_the_marker_that_hid_
         await p.sessions.add_message("s", {"n": 3})
         assert await p.sessions.clear_messages("s") == 4
         assert await p.sessions.get_messages("s") == []
+
+
+async def test_what_a_lost_marker_has_hidden_stays_though_there_is_one_before_it() -> None:
+    class Sudden(Forgetful):
+        async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+            done = await super().commit(writes)
+            if any(isinstance(op, Put) and op.key == key(6) for write in writes for op in write.ops):
+                await self.lose(SESSION, key(6))
+            return done
+
+    async with create_persistence(Sudden()) as p:
+        await p.sessions.add_message("s", {"old": True})
+        await p.sessions.clear_messages("s")
+        messages = [{"n": n} for n in range(3)]
+        await p.sessions.add_messages("s", messages)
+        await p.sessions.clear_messages("s")
+        assert await p.sessions.get_messages("s") == messages
 
 
 async def test_only_a_store_that_may_lose_something_pays(p: Persistence, driver: RecordingDriver) -> None:

@@ -279,6 +279,8 @@ async def test_a_collection_that_must_exist_is_asked_for_and_not_made(server: Se
     with MongoClient[Any](server("mongodb").url) as client:
         client.persistence.drop_collection(name)
     assert "shardCollection" in driver.ddl()
+    hostile = MongoDBDriver("mongodb://h", collection='x");f("')
+    assert '"x\\");f(\\""' in hostile.ddl()
 
 
 async def test_a_collection_that_sorts_otherwise_is_refused(server: Servers) -> None:
@@ -476,3 +478,15 @@ async def test_a_name_that_no_collection_can_have_is_an_error_of_configuration(s
     driver = MongoDBDriver(server("mongodb").url, collection="system.mine")
     with pytest.raises(ConfigurationError, match="system"):
         await driver.open()
+
+
+@pytest.mark.parametrize("value", [5, None])
+async def test_a_value_of_another_type_is_corruption_beside_a_key_that_is_absent(
+    server: Servers, value: int | None
+) -> None:
+    partition = f"p{uuid.uuid4().hex}"
+    async with opened(server("mongodb").url) as driver:
+        await driver.commit([create(partition)])
+        await driver._entries.update_one({"_id": driver._id(partition, "a")}, {"$set": {"v": value}})
+        with pytest.raises(CorruptRecordError):
+            await driver.get([Key(partition, "a"), Key(partition, "b")])

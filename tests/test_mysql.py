@@ -620,6 +620,18 @@ async def test_idle_connections_that_a_firewall_forgot_cost_one_time_out_and_not
         assert await driver.get([Key("p", "a")]) == [None]
 
 
+async def test_a_limit_of_rows_that_the_server_sets_by_default_hides_no_entry(
+    on: ModuleType, own_server: Servers
+) -> None:
+    own = own_server("mysql")
+    async with connected(own.url, root=True) as root:
+        await root.ask("SET GLOBAL sql_select_limit = 3")
+    async with opened(on, own.url) as driver:
+        keys = [Key(f"p{n}", "a") for n in range(9)]
+        assert all(await driver.commit([Write(p, (Put(k, b"v", ABSENT),), 1) for p, k in keys]))
+        assert await driver.get(keys) == [Entry("a", b"v", 1)] * 9
+
+
 async def test_a_restart_of_the_server_costs_a_delay(on: ModuleType, own_server: Servers) -> None:
     own = own_server("mysql")
     async with opened(on, own.url) as driver:

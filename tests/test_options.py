@@ -30,11 +30,26 @@ from persistence.options import (
         ("postgresql://u@h/d", "postgresql://u@h/d"),
         ("sqlite:///a@b:c.db?namespace=x", "sqlite:///a@b:c.db"),
         ("no url", "no url"),
+        ("postgresql:/u:s3cret@h/d", "postgresql***"),
+        ("u:s3cret@h:5432/d", "u***"),
+        ("u:s3cret@redis://h", "u***"),
+        ("host=h password=s3cret", "host***"),
+        ("redis://h:1/0?password=a@s3cret", "redis://h:***"),
+        ("redis://h/0?password=a@s3cret", "redis://h/0"),
     ],
 )
 def test_a_url_is_shown_without_what_is_secret(url: str, shown: str) -> None:
     assert masked_url(url) == shown
     assert "s3" not in masked_url(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis:/u:s3cret@h", "u:s3cret@h:1/d", "u:s3cret@redis://h", "h password=s3cret"]
+)
+async def test_what_is_no_url_is_named_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="redis://") as caught:
+        await create_persistence(url)
+    assert "s3" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -235,3 +235,17 @@ def test_what_is_remembered_of_an_item_does_not_cost_it_its_types() -> None:
     first = cut(state)
     again = cut(state, first.memo)
     assert again.texts == first.texts
+
+
+@pytest.mark.parametrize("part", [[5, 1], [None, 3], [1.5, 2.5], [1, 10**12], [1]])
+def test_a_run_that_no_state_has_is_refused(part: list[Any]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        spans_of(["l", part])
+
+
+def test_what_looks_tagged_stays_itself_in_a_piece() -> None:
+    plain = {"messages": [{"$bytes": "aGk="}] * 3000}
+    assert len(cut(plain).texts) > 0
+    assert stored(cut(plain)) == plain
+    mixed = {"plain": plain, "tagged": [b"hi"] * 3000}
+    assert stored(cut(mixed)) == mixed

@@ -496,8 +496,9 @@ async def test_a_lock_held_too_long_ends_in_an_error_and_no_change(server: Serve
         await driver.commit([Write("p", (Put("a", b"v"),), 1)])
         async with other.transaction():
             await other.execute("SELECT 1 FROM persistence WHERE p = 'locked/p' FOR UPDATE")
-            with pytest.raises(UnavailableError):
+            with pytest.raises(UnavailableError) as caught:
                 await driver.commit([Write("p", (Put("a", b"w"),), 2)])
+        assert caught.value.unapplied
         assert await driver.get([Key("p", "a")]) == [Entry("a", b"v", 1)]
 
 

@@ -310,6 +310,34 @@ async def test_open_warns_of_a_server_that_may_lose_data(
     assert "CONFIG is forbidden" in await warnings(url=f"redis://tenant:secret@127.0.0.1:{machine.port}")
 
 
+async def test_open_warns_of_replicas_that_would_replace_a_primary_which_goes_on_taking_writes(
+    own_server: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    primary, replica = own_server("redis"), own_server("redis")
+    replica.command("REPLICAOF", "127.0.0.1", primary.port)
+
+    for _ in range(100):
+        if primary.command("INFO", "replication")["connected_slaves"]:
+            break
+        await asyncio.sleep(0.1)
+    for least, durability, warned in (0, "power", True), (0, "process", False), (1, "power", False):
+        primary.command("CONFIG", "SET", "min-replicas-to-write", least)
+        caplog.clear()
+        async with opened(primary.url, durability=durability):
+            assert ("set min-replicas-to-write 1" in caplog.text) is warned
+
+
+async def test_a_server_that_its_replicas_have_left_is_asked_for_anew(own_server: Servers) -> None:
+    replaced, primary = own_server("redis"), own_server("redis")
+    async with Proxy(replaced.port) as proxy, opened(replaced.url_at(proxy.port)) as driver:
+        await driver.commit([create("p")])
+        proxy.target = primary.port  # what Sentinel says from now on
+        replaced.command("CONFIG", "SET", "min-replicas-to-write", 1)
+        with pytest.raises(UnavailableError, match="NOREPLICAS"):
+            await driver.commit([create("q")])
+        assert await driver.commit([create("q")]) == [True]
+
+
 async def test_a_user_without_rights_is_an_error_of_configuration(own_server: Servers) -> None:
     machine = own_server("redis")
     machine.command("ACL", "SETUSER", "reader", "on", ">secret", "~*", "+@read", "+info", "+config|get")
@@ -556,3 +584,46 @@ async def test_a_server_that_is_loading_refuses_the_command_it_says_so_of_and_no
 
     replies = await _exchange(cast("Any", Loading()), [b"first", b"second", b"third"], 1)
     assert [is_refusal(reply) for reply in replies] == [True, False, False]
+
+
+@pytest.mark.parametrize("member", [b"\xff", b"a b"])
+async def test_a_member_that_is_no_key_of_ours_is_corruption(server: Servers, member: bytes) -> None:
+    partition = f"p{uuid.uuid4().hex}"
+    async with opened(server("redis").url) as driver:
+        await driver.commit([create(partition)])
+        client = Redis.from_url(server("redis").url)
+        await client.zadd(driver._names(partition)[1], {member: 0})
+        await client.aclose()
+        with pytest.raises(CorruptRecordError):
+            await driver.scan(partition, "", None, limit=9)
+
+
+async def test_a_foreign_key_that_is_no_text_does_not_end_the_listing(server: Servers) -> None:
+    namespace = f"n{uuid.uuid4().hex}"
+    async with opened(server("redis").url, namespace=namespace) as driver:
+        await driver.commit([create("p")])
+        client = Redis.from_url(server("redis").url)
+        await client.set(f"agentx:{{{namespace}/".encode() + b"\xff}", "x")
+        await client.aclose()
+        assert "p" in await listed(driver)
+
+
+async def test_a_key_of_another_type_is_corruption_and_no_fault_of_others(server: Servers) -> None:
+    namespace = f"n{uuid.uuid4().hex}"
+    async with create_persistence(RedisDriver(server("redis").url, namespace=namespace)) as p:
+        for session in "ab":
+            await p.sessions.add_message(session, {"n": 1})
+        client = Redis.from_url(server("redis").url)
+        await client.delete(f"agentx:{{{namespace}/session/a}}")
+        await client.set(f"agentx:{{{namespace}/session/a}}", "x")
+        await client.aclose()
+        adding: list[Any] = [p.sessions.add_message(of, {"n": 2}) for of in "ab"]
+        reading: list[Any] = [p.sessions.get_messages(of) for of in "ab"]
+        for calls, expected in (adding, 2), (reading, [{"n": 1}, {"n": 2}]):
+            fault, answer = await asyncio.gather(*calls, return_exceptions=True)
+            assert isinstance(fault, CorruptRecordError)
+            assert fault.partition == "session/a"
+            assert answer == expected
+        report = await p.repair()
+        assert report.corrupt
+        assert all("[session/a]" in fault for fault in report.corrupt)

@@ -31,6 +31,7 @@ from persistence import (
     memory_driver,
 )
 from persistence.driver import Entry, Key
+from persistence.drivers.memory import MemoryDriver
 from persistence.testing import MakeDriver
 
 HOSTILE_IDS = [
@@ -922,3 +923,38 @@ async def test_an_expected_version_of_the_wrong_type_is_refused(p: Persistence, 
     with pytest.raises(InvalidValueError, match="expected_version"):
         await p.containers.save_container({"container_id": "c"}, expected_version=version)
     assert await p.containers.find_all_containers() == []
+
+
+async def test_a_cascade_deletes_many_at_once() -> None:
+    driver = RecordingDriver()
+    async with create_persistence(driver) as p:
+        for i in range(64):
+            await p.sessions.save_session(session(f"s{i}", container_id="c1"))
+            await p.sessions.add_message(f"s{i}", {"i": i})
+        driver.forget()
+        removed = await p.containers.delete_container("c1")
+        assert (removed.sessions, removed.messages) == (64, 64)
+        assert driver.calls.count("commit") < 64
+        assert driver.calls.count("get") < 64
+        assert await p.sessions.find_all_sessions() == []
+
+
+async def test_reading_a_long_session_lets_others_have_a_turn() -> None:
+    class Counted:
+        most = now = 0
+
+        def decode(self, text: bytes) -> Any:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            return decode(text)
+
+    async with create_persistence(MemoryDriver()) as p:
+        await p.sessions.add_messages("s", ({"i": i} for i in range(5_000)))
+        decode, counted = p.sessions.log._plain.decode, Counted()
+        p.sessions.log._plain = counted  # type: ignore[assignment]
+        reading = asyncio.ensure_future(p.sessions.get_messages("s"))
+        while not reading.done():
+            counted.now = 0
+            await asyncio.sleep(0)
+        assert [message["i"] for message in await reading] == list(range(5_000))
+        assert counted.most <= 500

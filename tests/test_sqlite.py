@@ -708,3 +708,23 @@ async def test_a_file_that_another_process_holds_is_unavailable_and_not_unknown(
                 await p.sessions.add_message("s", {"n": 2})
             other.execute("ROLLBACK")
         assert await p.sessions.add_message("s", {"n": 3}) == 2
+
+
+@pytest.mark.parametrize("value", ["no JSON", 5, 5.5])
+async def test_a_value_that_somebody_wrote_as_text_or_number_is_corrupt(path: Path, value: object) -> None:
+    async with opened(path) as driver:
+        await driver.commit([write(1, a=b"{}", b=b"{}")])
+    with plain(path) as db, db:
+        db.execute("UPDATE persistence SET v = ? WHERE k = 'a'", (value,))
+    async with opened(path) as driver:
+        assert await value_of(driver, "a") == str(value).encode()
+        page = await driver.scan("p", "", None, limit=9)
+        assert [entry.value for entry in page.entries] == [str(value).encode(), b"{}"]
+    async with create_persistence(f"sqlite:///{path}") as p:
+        await p.sessions.add_message("s", {})
+    with plain(path) as db, db:
+        db.execute("UPDATE persistence SET v = ? WHERE p LIKE '%session/s'", (value,))
+    async with create_persistence(f"sqlite:///{path}") as p:
+        with pytest.raises(CorruptRecordError):
+            await p.sessions.get_messages("s")
+        assert (await p.repair()).corrupt_count

@@ -12,6 +12,8 @@ import servers
 from certificates import Certificates, make_certificates
 
 from persistence import ConfigurationError, PersistenceError, create_persistence
+from persistence.connect import driver_from_url
+from persistence.drivers import redis_driver
 
 SCHEMES = {
     "postgresql": "postgresql",
@@ -102,6 +104,35 @@ async def test_a_file_without_any_authority_is_named(
         path.write_text(content)
     with pytest.raises(ConfigurationError, match=AUTHORITY[engine]):
         await create_persistence(trusting(engine, url, path))
+
+
+@pytest.mark.parametrize("engine", ["redis", "redis_cluster"])
+@pytest.mark.parametrize("options", ["ssl_ca_certs=ca.pem", "ssl_cert_reqs=required"])
+def test_options_of_tls_are_refused_where_the_scheme_asks_for_none(engine: str, options: str) -> None:
+    scheme = SCHEMES[engine].replace("rediss", "redis")
+    with pytest.raises(ConfigurationError, match=f"{options.partition('=')[0]}= is for TLS: use rediss://"):
+        driver_from_url(f"{scheme}://h?{options}")
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_options_of_tls_are_refused_as_keywords_too(cluster: bool) -> None:
+    with pytest.raises(ConfigurationError, match="is for TLS"):
+        redis_driver(host="h", cluster=cluster, ssl_ca_certs="ca.pem")
+    redis_driver(host="h", cluster=cluster, ssl=True, ssl_ca_certs="ca.pem")
+    redis_driver("REDISS://h", cluster=cluster, ssl_ca_certs="ca.pem")
+
+
+@pytest.mark.parametrize("mode", ["", "&sslmode=disable", "&sslmode=allow", "&sslmode=prefer"])
+def test_an_authority_that_postgresql_would_not_ask_is_refused(mode: str) -> None:
+    with pytest.raises(ConfigurationError, match="add sslmode=verify-full"):
+        driver_from_url(f"postgresql://h/d?sslrootcert=ca.pem{mode}")
+
+
+@pytest.mark.parametrize("mode", ["require", "verify-ca", "verify-full"])
+def test_an_authority_that_postgresql_asks_is_taken(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver_from_url(f"postgresql://h/d?sslrootcert=ca.pem&sslmode={mode}")
+    monkeypatch.setenv("PGSSLMODE", mode)
+    driver_from_url("postgresql://h/d?sslrootcert=ca.pem")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
