@@ -9,6 +9,7 @@ siblings. They lie apart, and all cost what changed since the checkpoint before
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -419,14 +420,11 @@ class Checkpoints(Repository):
 
         Dicts are compared by key, lists by index. Raises `NotFoundError`.
         """
-        states = []
-        for checkpoint_id in (a, b):
-            found = await self.threads.read(thread_id, checkpoint_id)
-            if found is None:
-                raise self._not_found(thread_id, checkpoint_id)
-            states.append(found[1])
+        before, now = await asyncio.gather(self.threads.read(thread_id, a), self.threads.read(thread_id, b))
+        if before is None or now is None:
+            raise self._not_found(thread_id, a if before is None else b)
         changes: builtins.list[Change] = []
-        _compare(states[0], states[1], (), changes)
+        _compare(before[1], now[1], (), changes)
         return changes
 
     # ---- all threads
