@@ -7,9 +7,10 @@ memory; here is who opens, locks, syncs and forgets it.
 
 Writers hold flock(2) on the file; readers hold nothing, and read on from where
 they stopped when fstat(2) shows that the file has grown. A file whose greater
-half is garbage is written anew and takes the old one's place, a file without
-entries is removed: the old one then has no link left (so make no hard links to
-these files), and whoever has it open looks again.
+half, and more than 128 KiB, is garbage is written anew and takes the old one's
+place, a file without entries is removed: the old one then has no link left (so
+make no hard links to these files), and whoever has it open looks again. Until
+then what was deleted or replaced is still legible in the file.
 
 What may surprise: the first use of a partition reads its whole file, and its
 keys must fit in memory. A reader in another process may see a Write a moment
@@ -38,7 +39,7 @@ from urllib.parse import unquote
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
 from persistence.drivers._filesystem_log import NOWAIT, Log, Puts, partition_of, sync_folder
 from persistence.errors import ConfigurationError, PersistenceError, UnavailableError
-from persistence.options import Durability, check_durability, check_namespace, flag, split_url
+from persistence.options import Durability, check_durability, check_namespace, flag, path_text, split_url
 
 __all__ = ["FilesystemDriver", "filesystem_driver", "from_url"]
 
@@ -75,10 +76,7 @@ class FilesystemDriver:
         durability: Durability = "power",
         create: bool = True,
     ) -> None:
-        if "\0" in os.fspath(path):
-            message = f"path={path!r}: no folder has NUL in its name"
-            raise ConfigurationError(message)
-        self._path = Path(path)
+        self._path = Path(path_text(path))
         self._namespace = check_namespace(namespace)
         self._power = check_durability(durability) == "power"
         self._create = create

@@ -28,17 +28,19 @@ import asyncio
 import json
 import logging
 import random
+import re
 import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import unquote
 
 from persistence.driver import ABSENT, Delete, Entry, Key, Op, Page, Put, Write, page_of
 from persistence.errors import ConfigurationError, CorruptRecordError, UnavailableError
 from persistence.options import (
     Durability,
+    check_address,
     check_durability,
     check_files,
     check_namespace,
@@ -165,6 +167,7 @@ class MongoDBDriver:
         pool_size: int = 20,
         **client_options: Any,
     ) -> None:
+        check_address("mongodb", host, port, user, password, database)
         check_pool_size(pool_size)
         check_seconds("timeout", timeout)
         check_seconds("connect_timeout", connect_timeout)
@@ -172,8 +175,9 @@ class MongoDBDriver:
         journal = {"j": True} if check_durability(durability) == "power" else {}
         self._durable = WriteConcern("majority", **journal)
         self.may_lose = not journal
-        if isinstance(client, pymongo.MongoClient):
-            raise ConfigurationError("mongodb: client must be an AsyncMongoClient, not a MongoClient")
+        if isinstance(client, pymongo.MongoClient) or not (client is None or hasattr(client, "admin")):
+            message = f"mongodb: client must be an AsyncMongoClient, not a {type(client).__name__}"
+            raise ConfigurationError(message)
         self._url = url_or_address(url, "mongodb", host, port)
         self._database = database or _database_of(self._url) or "agentx"
         self._name = collection
@@ -195,7 +199,8 @@ class MongoDBDriver:
             **({} if password is None else {"password": password}),
             **client_options,
         }
-        named = {name.lower() for name, _ in parse_qsl(self._url.partition("?")[2], keep_blank_values=True)}
+        # pymongo takes ";" as well.
+        named = {option.partition("=")[0].lower() for option in re.split("[&;]", self._url.partition("?")[2])}
         self._options = {name: value for name, value in options.items() if name.lower() not in named}
 
     def __repr__(self) -> str:
@@ -487,31 +492,27 @@ class MongoDBDriver:
         client = self._entries.database.client
         async with client.start_session(causal_consistency=False) as session:
             await session.start_transaction(_SNAPSHOT, self._durable, ReadPreference.PRIMARY)
-            try:
-                outcomes: _Outcomes = [True] * len(writes)
-                if look:
-                    outcomes = await self._look(writes, session)
-                requests: list[_Request] = []
-                deletions: list[_Request] = []
-                free: list[tuple[Write, Op]] = []  # Deletes of what may be absent
-                for write, holds in zip(writes, outcomes, strict=True):
-                    for op in write.ops if holds else ():
-                        if isinstance(op, Delete) and op.expect is None:
-                            free.append((write, op))
-                        else:
-                            requests.append(self._request(write, op))
-                        if isinstance(op, Delete):
-                            deletions.append(DeleteOne(self._place(write, op)))
-                if requests or deletions:
-                    done = await self._entries.bulk_write([*requests, *deletions], session=session)
-                    if done.deleted_count < len(deletions):
-                        # What is absent must stay so until the commit, and only what is written is locked.
-                        held = [self._request(*each) for each in free]
-                        gone = [DeleteOne(self._place(*each)) for each in free]
-                        await self._entries.bulk_write([*held, *gone], session=session)
-            except BaseException:
-                await session.abort_transaction()
-                raise
+            outcomes: _Outcomes = [True] * len(writes)
+            if look:
+                outcomes = await self._look(writes, session)
+            requests: list[_Request] = []
+            deletions: list[_Request] = []
+            free: list[tuple[Write, Op]] = []  # Deletes of what may be absent
+            for write, holds in zip(writes, outcomes, strict=True):
+                for op in write.ops if holds else ():
+                    if isinstance(op, Delete) and op.expect is None:
+                        free.append((write, op))
+                    else:
+                        requests.append(self._request(write, op))
+                    if isinstance(op, Delete):
+                        deletions.append(DeleteOne(self._place(write, op)))
+            if requests or deletions:
+                done = await self._entries.bulk_write([*requests, *deletions], session=session)
+                if done.deleted_count < len(deletions):
+                    # What is absent must stay so until the commit, and only what is written is locked.
+                    held = [self._request(*each) for each in free]
+                    gone = [DeleteOne(self._place(*each)) for each in free]
+                    await self._entries.bulk_write([*held, *gone], session=session)
             await _commit(session)
         return outcomes
 

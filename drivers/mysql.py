@@ -34,9 +34,16 @@ from urllib.parse import parse_qsl, unquote
 from weakref import WeakSet
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Op, Page, Put, Write
-from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
+from persistence.errors import (
+    ConfigurationError,
+    CorruptRecordError,
+    PersistenceError,
+    UnavailableError,
+    shown,
+)
 from persistence.options import (
     Durability,
+    check_address,
     check_durability,
     check_identifier,
     check_namespace,
@@ -256,6 +263,7 @@ class MySQLDriver:
         client: Any = None,
         **client_options: Any,
     ) -> None:
+        check_address("mysql", host, port, user, password, database)
         check_pool_size(pool_size)
         check_seconds("timeout", timeout, least=1)
         self._name = check_identifier(table, "table")
@@ -383,7 +391,7 @@ class MySQLDriver:
             changes = self._changes(steps)
             await self._fetch(";".join(["BEGIN", *changes, "COMMIT"] if len(changes) > 1 else changes))
             return [True] * len(writes)
-        if all(isinstance(step.op, Put) and step.op.expect == ABSENT for step in steps) and await self._run(
+        if all(step.op.expect == ABSENT for step in steps) and await self._run(
             lambda connection: self._create_all(connection, steps)
         ):
             return [True] * len(writes)
@@ -623,8 +631,8 @@ def _tls(ssl: SSLContext | bool | None, authorities: str | None) -> SSLContext |
         raise ConfigurationError("mysql: ssl_ca= is for the default context: leave ssl= out, or give True")
     try:
         return create_default_context(cafile=authorities)
-    except OSError as error:
-        message = f"mysql: ssl_ca={authorities!r}: {error}"
+    except (OSError, TypeError, ValueError) as error:
+        message = f"mysql: ssl_ca={shown(authorities)}: {error}"
         raise ConfigurationError(message) from error
 
 

@@ -30,9 +30,16 @@ from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
-from persistence.errors import ConfigurationError, CorruptRecordError, PersistenceError, UnavailableError
+from persistence.errors import (
+    ConfigurationError,
+    CorruptRecordError,
+    PersistenceError,
+    UnavailableError,
+    shown,
+)
 from persistence.options import (
     Durability,
+    check_address,
     check_durability,
     check_files,
     check_identifier,
@@ -322,10 +329,14 @@ class PostgreSQLDriver:
         client: _Client | None = None,
         **client_options: Any,
     ) -> None:
+        check_address("postgresql", host, port, user, password, database)
         check_pool_size(pool_size)
         check_seconds("timeout", timeout)
+        if type(statement_cache_size) is not int or statement_cache_size < 0:
+            message = f"statement_cache_size={shown(statement_cache_size)}: use a whole number from 0 on"
+            raise ConfigurationError(message)
         if url is not None:
-            _check_verifying(url)
+            _check_verifying(url, client_options.get("ssl"))
         if not isinstance(client, asyncpg.Pool | asyncpg.Connection | None):
             raise ConfigurationError("postgresql: client must be an asyncpg.Pool or an asyncpg.Connection")
         self._schema = check_identifier(schema, "schema")
@@ -670,11 +681,12 @@ def from_url(url: str) -> PostgreSQLDriver:
     return PostgreSQLDriver(split.url, **split.options)
 
 
-def _check_verifying(url: str) -> None:
-    """Refuse an authority that nobody would ask: asyncpg leaves it out unless `sslmode` verifies."""
+def _check_verifying(url: str, mode: Any) -> None:
+    """Refuse an authority that nobody would ask: asyncpg leaves it out unless `ssl` or `sslmode` verifies."""
     options = dict(parse_qsl(take_apart(url).query))
-    mode = options.get("sslmode") or os.environ.get("PGSSLMODE", "prefer")
-    if "sslrootcert" in options and mode in ("disable", "allow", "prefer"):
+    if mode is None:  # `ssl` wins over the URL
+        mode = options.get("sslmode") or os.environ.get("PGSSLMODE", "prefer")
+    if "sslrootcert" in options and mode in (False, "disable", "allow", "prefer"):
         message = f"postgresql: with sslmode={mode} sslrootcert= is not looked at: add sslmode=verify-full"
         raise ConfigurationError(message)
 

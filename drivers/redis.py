@@ -29,9 +29,10 @@ from urllib.parse import parse_qsl, urlsplit
 
 from persistence.driver import ABSENT, PAGE_BYTES, Delete, Entry, Key, Page, Put, Write
 from persistence.drivers._redis_link import Command, Link, Node, Script, is_refusal, translated
-from persistence.errors import ConfigurationError, CorruptRecordError
+from persistence.errors import ConfigurationError, CorruptRecordError, shown
 from persistence.options import (
     Durability,
+    check_address,
     check_durability,
     check_namespace,
     check_pool_size,
@@ -195,11 +196,15 @@ class RedisDriver:
         pool_size: int = 10,
         **client_options: Any,
     ) -> None:
+        check_address("redis", host, port, user, password, None)
+        if database is not None and (type(database) is not int or database < 0):
+            message = f"redis: database={shown(database)}: use a whole number from 0 on"
+            raise ConfigurationError(message)
         check_pool_size(pool_size)
         check_seconds("timeout", timeout)
         check_seconds("connect_timeout", connect_timeout)
-        if not _PREFIX.fullmatch(prefix):
-            message = f"prefix={prefix!r}: use 1 to 63 letters, digits or '_.:-'"
+        if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+            message = f"prefix={shown(prefix)}: use 1 to 63 letters, digits or '_.:-'"
             raise ConfigurationError(message)
         if not isinstance(client, Redis | RedisCluster | None):
             message = "redis: client must be a redis.asyncio.Redis or a redis.asyncio.RedisCluster"

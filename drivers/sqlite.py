@@ -9,7 +9,8 @@ The file is in WAL mode: reading waits for nobody, writing takes turns, and
 SQLite keeps ``-wal`` and ``-shm`` beside it, which belong to it: copy a file in
 use with ``VACUUM INTO``, never by itself. It must lie on a local disk, and must
 not be moved or removed while it is open. It does not shrink: what `purge` frees
-is used again.
+is overwritten with zeros, and used again. In ``-wal`` it may be legible until
+the last process closes the file.
 
 One connection writes and one reads, each in a thread of its own, through the
 standard library. aiosqlite hops to its thread for every statement; here a call
@@ -48,6 +49,7 @@ from persistence.options import (
     check_namespace,
     check_seconds,
     flag,
+    path_text,
     split_url,
 )
 
@@ -124,7 +126,7 @@ class SQLiteDriver:
         self._namespace = check_namespace(namespace)
         self._durability = check_durability(durability)
         self._table = check_identifier(table, "table")
-        text = os.fspath(path)
+        text = "" if path == "" else path_text(path)
         if text in ("", ":memory:"):
             message = f"path={text!r}: the data need a file here; memory_driver keeps them in memory"
             raise ConfigurationError(message)
@@ -309,13 +311,18 @@ class SQLiteDriver:
     # Opening:
 
     def _connect(self, *, waiting: bool = True) -> sqlite3.Connection:
-        self._path = self._path.absolute()  # from now on the same file, whatever the working folder
-        if self._path.is_dir():
+        try:
+            self._path = self._path.absolute()  # from now on the same file, whatever the working folder
+            is_folder, is_there = self._path.is_dir(), self._path.exists()
+        except OSError as error:  # its folder may not be entered, its name is too long
+            message = f"{self._path} cannot be opened: {error.strerror}"
+            raise ConfigurationError(message) from error
+        if is_folder:
             message = f"{self._path} is a folder; the data need a file in it"
             raise ConfigurationError(message)
         if self._create:
             _create_file(self._path)
-        elif not self._path.exists():
+        elif not is_there:
             message = f"there is no file {self._path}, and create=False"
             raise ConfigurationError(message)
         # mode=rw: SQLite would create the file with whatever rights the umask leaves.
@@ -345,6 +352,7 @@ class SQLiteDriver:
         power = self._durability == "power"
         db.execute(f"PRAGMA synchronous = {'FULL' if power else 'NORMAL'}")
         db.execute(f"PRAGMA fullfsync = {power:d}")  # macOS: fsync alone leaves the data in the drive's cache
+        db.execute("PRAGMA secure_delete = ON")  # Debian's SQLite does it anyway, most others do not
         if missing:
             with db:
                 db.execute("BEGIN IMMEDIATE")

@@ -24,6 +24,8 @@ def main() -> None:
         sys.exit(2)
     if sys.stdout is None:  # closed, by >&- say
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
     # As Ctrl-C: what was done is told, and a terminal gets its cursor back.

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 from persistence.coalescer import CALL, Call, Coalescer
-from persistence.errors import InvalidValueError, OutcomeUnknownError, UnavailableError
+from persistence.errors import InvalidValueError, OutcomeUnknownError, UnavailableError, shown
 from persistence.store import Store
 
 __all__ = ["Repository", "public", "public_change", "within"]
@@ -80,10 +80,10 @@ async def within(timeout: float, work: Awaitable[T], coalescer: Coalescer | None
 
     What the driver raised meanwhile, which the coalescer knows, is told too.
     """
-    if not isinstance(timeout, int | float) or not timeout >= 0:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
         if isinstance(work, Coroutine):
             work.close()
-        message = f"timeout={timeout!r}: use seconds, 0 or more, or None to wait"
+        message = f"timeout={shown(timeout)}: use seconds, 0 or more, or None to wait"
         raise InvalidValueError(message)
     call = CALL.get() or Call()
     token = CALL.set(call)

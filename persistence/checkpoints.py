@@ -13,6 +13,7 @@ import asyncio
 import builtins
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any, Final, Literal
 
 import msgspec
@@ -21,7 +22,7 @@ from persistence import codec
 from persistence.calls import Repository, public, public_change
 from persistence.collection import Listing, Place, check_cursor, next_page
 from persistence.driver import Key
-from persistence.errors import CorruptRecordError, InvalidValueError, NotFoundError
+from persistence.errors import CorruptRecordError, InvalidValueError, NotFoundError, shown
 from persistence.ids import as_ms
 from persistence.keys import after as after_key
 from persistence.keys import encode_id, newest_first
@@ -85,7 +86,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 class ThreadMeta(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a thread."""
+    """What is known of a thread. Times are Unix milliseconds."""
 
     thread_id: str
     created_at: int
@@ -118,7 +119,7 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class NamedAgentCheckpoint(msgspec.Struct, kw_only=True):
-    """A checkpoint of an agent to store. Without `created_at` it is of now."""
+    """A checkpoint of an agent to store. Without `created_at` (Unix milliseconds) it is of now."""
 
     agent_id: str
     session_id: str
@@ -130,7 +131,10 @@ class NamedAgentCheckpoint(msgspec.Struct, kw_only=True):
 
 
 class AgentCheckpointListItem(msgspec.Struct, kw_only=True):
-    """A named checkpoint without its state. `extra` has the fields that this library does not know."""
+    """A named checkpoint without its state. `created_at` is in Unix milliseconds.
+
+    `extra` has the fields that this library does not know.
+    """
 
     id: str
     agent_id: str
@@ -148,7 +152,7 @@ class StoredAgentCheckpoint(AgentCheckpointListItem):
 
 
 class AppSessionCheckpoint(msgspec.Struct, kw_only=True):
-    """A checkpoint of an application to store. Without `created_at` it is of now."""
+    """A checkpoint of an application to store. Without `created_at` (Unix milliseconds) it is of now."""
 
     session_id: str
     hostname: str
@@ -159,7 +163,7 @@ class AppSessionCheckpoint(msgspec.Struct, kw_only=True):
 
 
 class AppCheckpointListItem(msgspec.Struct, kw_only=True):
-    """A checkpoint of an application without its state."""
+    """A checkpoint of an application without its state. `created_at` is in Unix milliseconds."""
 
     id: str
     session_id: str
@@ -176,7 +180,10 @@ class StoredAppCheckpoint(AppCheckpointListItem):
 
 
 class Checkpoints(Repository):
-    """Threads of checkpoints, named checkpoints of agents, and those of applications."""
+    """Threads of checkpoints, named checkpoints of agents, and those of applications.
+
+    What all calls have in common, `Persistence` says.
+    """
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -236,13 +243,16 @@ class Checkpoints(Repository):
         whole thread goes; it stays as it was if none is given. `now`: the
         checkpoint's time, by default the store's clock. Both are in
         milliseconds if they are numbers.
+
+        `labels`, `run_id` and `metadata` (up to 64 KiB of JSON) are yours: `list` and
+        `prune` choose by them. `version`: by default that in the state.
         """
         encode_id(thread_id, "thread_id")
         new = New(
             cut=cut(snapshot, self.threads.memo(thread_id)),
-            at=_time(now, "now"),
+            at=_time(now() if callable(now) else now, "now"),
             metadata=_metadata(metadata),
-            parent=parent_id,
+            parent=_text_or_none(parent_id, "parent_id"),
             expected_latest=_checked_latest(expected_latest),
             labels=_labels(labels),
             run=_text_or_none(run_id, "run_id"),
@@ -259,6 +269,7 @@ class Checkpoints(Repository):
         """Return the state of a checkpoint, by default the latest; None if there is none.
 
         One or two round trips. Where None may be a state, use `read`.
+        `CorruptRecordError` if it cannot be read.
         """
         found = await self.threads.read(thread_id, checkpoint_id)
         return None if found is None else found[1]
@@ -267,7 +278,10 @@ class Checkpoints(Repository):
     async def read(
         self, thread_id: str, checkpoint_id: str | None = None, *, timeout: float | None = None
     ) -> Checkpoint | None:
-        """Return a checkpoint with its state, by default the latest; None if there is none."""
+        """Return a checkpoint with its state, by default the latest; None if there is none.
+
+        `CorruptRecordError` if it cannot be read.
+        """
         found = await self.threads.read(thread_id, checkpoint_id)
         return None if found is None else Checkpoint(self._meta(thread_id, found[0]), found[1])
 
@@ -296,15 +310,16 @@ class Checkpoints(Repository):
 
         `before`, `after`: only those older or newer than a checkpoint (which
         need not be there any more). `metadata`: only those that have these
-        members, equal and of the same type. `limit` below 1 gives none. The
-        listing's `cursor` is the `before` of the next page.
+        members, equal and of the same type; `label`, `run_id`: only those that have it.
+        `limit` below 1 gives none. The listing's `cursor` is the `before` of the next
+        page. One that cannot be read says so in `corrupt`.
         """
         _check_limit(limit)
         if limit is not None and limit < 1:
             return Listing()
         match = None
         _metadata(metadata)
-        _check_texts(label=label, run_id=run_id)
+        _check_texts(before=before, after=after, label=label, run_id=run_id)
         if metadata or label is not None or run_id is not None:
             wanted = dict(metadata or {})
 
@@ -357,16 +372,18 @@ class Checkpoints(Repository):
         latest checkpoint, or with ``parent_id=`` on any branch. With
         `new_thread_id` the branch is a thread of its own, which shares nothing
         with its source: that costs a copy of this one state. Nothing goes for
-        it, unless `max_checkpoints_per_thread` says so.
+        it, unless `max_checkpoints_per_thread` says so. `labels`, `run_id`, `metadata` and
+        `now` are those of the child, as in `put`.
         Raises `NotFoundError` if there is no such checkpoint, `ConflictError`
         if `new_thread_id` is in use.
         """
+        _check_texts(new_thread_id=new_thread_id)
         source = await self.threads.find(thread_id, checkpoint_id)
         if source is None:
             raise self._not_found(thread_id, checkpoint_id)
         new = New(
             cut=cut(None),
-            at=_time(now, "now"),
+            at=_time(now() if callable(now) else now, "now"),
             metadata=_metadata(metadata),
             labels=_labels(labels),
             run=_text_or_none(run_id, "run_id"),
@@ -392,6 +409,7 @@ class Checkpoints(Repository):
         The two share nothing. Raises `NotFoundError`, and `ConflictError` if
         `new_thread_id` was used before or is used meanwhile.
         """
+        encode_id(new_thread_id, "new_thread_id")
         _check_texts(checkpoint_id=checkpoint_id)
         return len(await self.threads.copy(thread_id, new_thread_id, checkpoint_id))
 
@@ -399,7 +417,7 @@ class Checkpoints(Repository):
     async def set_labels(
         self, thread_id: str, checkpoint_id: str, labels: Iterable[str], *, timeout: float | None = None
     ) -> CheckpointMeta:
-        """Replace the labels of a checkpoint. Raises `NotFoundError`."""
+        """Replace the labels of a checkpoint; return what is known of it. Raises `NotFoundError`."""
         body = await self.threads.relabel(thread_id, checkpoint_id, _labels(labels))
         return self._meta(thread_id, body)
 
@@ -420,6 +438,7 @@ class Checkpoints(Repository):
 
         Dicts are compared by key, lists by index. Raises `NotFoundError`.
         """
+        _check_texts(a=a, b=b)
         before, now = await asyncio.gather(self.threads.read(thread_id, a), self.threads.read(thread_id, b))
         if before is None or now is None:
             raise self._not_found(thread_id, a if before is None else b)
@@ -489,7 +508,7 @@ class Checkpoints(Repository):
         Those go that meet every condition given, at least one: not among the
         `keep_last` latest of their thread; created before `older_than`, a time
         (in milliseconds if a number) or an age; labelled `label`; of the run
-        `run_id`. Interrupted, it has removed some, each whole; call it again.
+        `run_id`. `dry_run` only counts. Interrupted, it has removed some, each whole; call it again.
         """
         return await self._prune(
             self.threads, thread_id, keep_last, older_than, label, run_id, dry_run=dry_run
@@ -511,10 +530,11 @@ class Checkpoints(Repository):
         Its fields are `agent_id`, `session_id`, `agent_type`, `name`, `state`
         and `created_at` (now, if it has none); any other comes back in `extra`.
         `expected_latest`: `ConflictError` if the agent's latest has another id (0: if it has any).
+        `max_checkpoints_per_agent`: when there are more, the oldest go; None keeps all.
         """
         fields = _fields(checkpoint, ("agent_id", "session_id", "agent_type", "name"))
         agent_id = fields.pop("agent_id")
-        cap = max_checkpoints_per_agent
+        cap = _cap(max_checkpoints_per_agent, "max_checkpoints_per_agent")
         body = await self._store_named(self.agents, agent_id, checkpoint, fields, expected_latest, cap)
         return f"{body.id}:{agent_id}"
 
@@ -522,7 +542,10 @@ class Checkpoints(Repository):
     async def retrieve_checkpoint(
         self, id: str, *, timeout: float | None = None
     ) -> StoredAgentCheckpoint | None:
-        """Return a checkpoint of an agent, None if there is none with this id."""
+        """Return a checkpoint of an agent, None if there is none with this id.
+
+        `CorruptRecordError` if it cannot be read.
+        """
         found = await self._read_named(self.agents, id)
         if found is None:
             return None
@@ -547,9 +570,10 @@ class Checkpoints(Repository):
     ) -> Listing[AgentCheckpointListItem]:
         """Return checkpoints of agents without their states, by default the newest first, ties by id.
 
+        `agent_id`, `session_id`, `agent_type`, `name`: only those that have it.
         `before`, `after`: created strictly before or after a time (ms).
-        Ordered by id, which is the order in which they were stored, all that
-        match are read for each page.
+        `order_by` and `order_dir` choose another order. By id, which is the order
+        in which they were stored, all that match are read for each page.
         """
         wanted = {"session_id": session_id, "agent_type": agent_type, "name": name}
         _check_texts(agent_id=agent_id, **wanted)
@@ -573,6 +597,7 @@ class Checkpoints(Repository):
     @public_change
     async def delete_agent_checkpoints(self, agent_id: str, *, timeout: float | None = None) -> int:
         """Delete all checkpoints of an agent; return how many."""
+        encode_id(agent_id, "agent_id")
         return await self.agents.delete(agent_id)
 
     @public_change
@@ -585,7 +610,11 @@ class Checkpoints(Repository):
         dry_run: bool = False,
         timeout: float | None = None,
     ) -> Pruned:
-        """Do what `prune` does, for the checkpoints of one agent, or of all agents."""
+        """Do what `prune` does, for the checkpoints of one agent, or of all agents.
+
+        `keep_last` counts for each agent.
+        """
+        _check_texts(agent_id=agent_id)
         return await self._prune(self.agents, agent_id, keep_last, older_than, dry_run=dry_run)
 
     # ---- checkpoints of applications
@@ -604,10 +633,11 @@ class Checkpoints(Repository):
         Its fields are `session_id`, `hostname`, `working_directory`, `state`
         and `created_at` (now, if it has none); any other comes back in `extra`.
         `expected_latest`: `ConflictError` if the session's latest has another id (0: if it has any).
+        `max_checkpoints_per_session`: when there are more, the oldest go; None keeps all.
         """
         fields = _fields(checkpoint, ("session_id", "hostname", "working_directory"))
         session_id = fields.pop("session_id")
-        cap = max_checkpoints_per_session
+        cap = _cap(max_checkpoints_per_session, "max_checkpoints_per_session")
         body = await self._store_named(self.apps, session_id, checkpoint, fields, expected_latest, cap)
         return f"{body.id}:{session_id}"
 
@@ -615,7 +645,10 @@ class Checkpoints(Repository):
     async def retrieve_app_checkpoint(
         self, id: str, *, timeout: float | None = None
     ) -> StoredAppCheckpoint | None:
-        """Return a checkpoint of an application, None if there is none with this id."""
+        """Return a checkpoint of an application, None if there is none with this id.
+
+        `CorruptRecordError` if it cannot be read.
+        """
         found = await self._read_named(self.apps, id)
         if found is None:
             return None
@@ -657,7 +690,11 @@ class Checkpoints(Repository):
         cursor: str | None = None,
         timeout: float | None = None,
     ) -> Listing[AppCheckpointListItem]:
-        """Return checkpoints of applications without their states, newest first, ties by id."""
+        """Return checkpoints of applications without their states, newest first, ties by id.
+
+        `session_id`, `hostname`, `working_directory`: only those that have it.
+        `before`, `after`: created strictly before or after a time (ms).
+        """
         page = await self._app_page(session_id, hostname, working_directory, before, after, limit, cursor)
         items = (AppCheckpointListItem(**self._app_fields(id, body)) for id, body in page)
         return Listing(items, cursor=page.cursor)
@@ -670,6 +707,7 @@ class Checkpoints(Repository):
     @public_change
     async def delete_session_checkpoints(self, session_id: str, *, timeout: float | None = None) -> int:
         """Delete all checkpoints that applications stored for a session; return how many."""
+        encode_id(session_id, "session_id")
         return await self.apps.delete(session_id)
 
     @public_change
@@ -686,6 +724,7 @@ class Checkpoints(Repository):
 
         `keep_last` counts within each session: where a session is one run, use `older_than`.
         """
+        _check_texts(session_id=session_id)
         return await self._prune(self.apps, session_id, keep_last, older_than, dry_run=dry_run)
 
     # ---- behind the calls
@@ -754,6 +793,7 @@ class Checkpoints(Repository):
     ) -> CheckpointBody:
         given = _mapping(checkpoint)
         if isinstance(expected_latest := _checked_latest(expected_latest), str):
+            encode_id(expected_latest, "expected_latest")
             own, of = _named_id(expected_latest) or ("", "")
             expected_latest = own if of == thread_id else ""  # of another: never the latest of this one
         known = {"id", "agent_id", "session_id", "state", "created_at", "extra", *fields}
@@ -771,7 +811,7 @@ class Checkpoints(Repository):
             metadata=_metadata(extra),
             expected_latest=expected_latest,
             fields=fields,
-            cap=_cap(cap, "the greatest number of checkpoints"),
+            cap=cap,
         )
         return await threads.put(thread_id, new)
 
@@ -829,7 +869,9 @@ class Checkpoints(Repository):
         wanted = {name: text for name, text in fields.items() if text is not None}.items()
         _check_limit(limit)
         if order_by not in ("created_at", "id") or order_dir not in ("ASC", "DESC"):
-            message = f"order_by={order_by!r}, order_dir={order_dir!r}: use created_at or id, ASC or DESC"
+            message = (
+                f"order_by={shown(order_by)}, order_dir={shown(order_dir)}: use created_at or id, ASC or DESC"
+            )
             raise InvalidValueError(message)
         if order_by == "id" and cursor is not None:
             encode_id(cursor, "cursor")
@@ -973,6 +1015,9 @@ class Checkpoints(Repository):
 
     def _before(self, older_than: int | datetime | timedelta | None) -> int | None:
         if isinstance(older_than, timedelta):
+            if older_than < timedelta():  # "30 days ago", perhaps: it would take everything
+                message = f"older_than={older_than!r}: an age is 0 or more"
+                raise InvalidValueError(message)
             return self._store.clock() - int(older_than.total_seconds() * 1000)
         return _time(older_than, "older_than")
 
@@ -1021,22 +1066,20 @@ def _named_id(id: str) -> tuple[str, str] | None:
 
 def _check_limit(limit: int | None) -> None:
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
-        message = f"limit={limit!r}: use a whole number, or None for all"
+        message = f"limit={shown(limit)}: use a whole number, or None for all"
         raise InvalidValueError(message)
 
 
 def _cap(cap: int | None, what: str) -> int | None:
     if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 0):
-        message = f"{what}={cap!r}: use a whole number from 0 on, or None for no limit"
+        message = f"{what}={shown(cap)}: use a whole number from 0 on, or None for no limit"
         raise InvalidValueError(message)
     return cap
 
 
 def _time(value: Any, what: str) -> int | None:
-    """Return a time in milliseconds: given as such, as a datetime, or as a clock to ask."""
-    if value is None:
-        return None
-    return as_ms(value() if callable(value) else value, what)
+    """Return a time in milliseconds: given as such, or as a datetime."""
+    return None if value is None else as_ms(value, what)
 
 
 def _text_or_none(value: str | None, what: str) -> str | None:
@@ -1053,13 +1096,13 @@ def _check_texts(**given: str | None) -> None:
 def _checked_latest(expected: str | Literal[0] | None) -> str | Literal[0] | None:
     if expected is None or isinstance(expected, str) or (type(expected) is int and expected == 0):
         return expected
-    message = f"expected_latest={expected!r:.80}: use the id of a checkpoint, or 0 for none at all"
+    message = f"expected_latest={shown(expected)}: use the id of a checkpoint, or 0 for none at all"
     raise InvalidValueError(message)
 
 
 def _labels(labels: Iterable[str]) -> builtins.list[str]:
     if isinstance(labels, str) or not isinstance(labels, Iterable):
-        message = f"labels={labels!r:.80}: use a list of texts"
+        message = f"labels={shown(labels)}: use a list of texts"
         raise InvalidValueError(message)
     found = list(labels)
     for label in found:
@@ -1095,7 +1138,7 @@ def _checked_version(version: Any) -> int | str:
         return version
     if isinstance(version, int) and not isinstance(version, bool):
         return version
-    message = f"version={version!r:.80}: use a whole number or a text"
+    message = f"version={shown(version)}: use a whole number or a text"
     raise InvalidValueError(message)
 
 
@@ -1140,6 +1183,9 @@ def _equal(a: Any, b: Any) -> bool:
             if len(a) != len(b):
                 return False
             pairs += zip(a, b, strict=True)
+        elif isinstance(a, Decimal) and (a.is_nan() or b.is_nan()):  # a signalling one cannot be compared
+            if not (a.is_nan() and b.is_nan()):
+                return False
         elif a != b and (a == a or b == b):
             return False
     return True

@@ -30,6 +30,7 @@ from persistence.errors import (
     NotFoundError,
     OutcomeUnknownError,
     UnavailableError,
+    shown,
 )
 from persistence.keys import after, encode_id, newest_first, prefix_end
 from persistence.records import Record
@@ -58,7 +59,7 @@ R = TypeVar("R", bound=Record)
 
 
 class Listing(list[T]):
-    """A page of results. `cursor` asks for the next page; None: there is none."""
+    """A page of results, a list. `cursor` asks for the next page; None: there is none."""
 
     def __init__(self, items: Iterable[T] = (), *, cursor: str | None = None) -> None:
         super().__init__(items)
@@ -68,7 +69,7 @@ class Listing(list[T]):
 def check_cursor(cursor: str | None) -> None:
     """Raise `InvalidKeyError` for what no page of a listing has given."""
     if cursor is not None and (not isinstance(cursor, str) or not _CURSOR.fullmatch(cursor)):
-        message = f"cursor={cursor!r:.80}: use the cursor of an earlier page"
+        message = f"cursor={shown(cursor)}: use the cursor of an earlier page"
         raise InvalidKeyError(message)
 
 
@@ -238,7 +239,9 @@ class Collection(Generic[R]):
         `expire` deletes the expired record of that id, which makes way.
         """
         if expected_version is not None and type(expected_version) is not int:
-            message = f"expected_version={expected_version!r:.80}: use the version of a record, or 0 for none"
+            message = (
+                f"expected_version={shown(expected_version)}: use the version of a record, or 0 for none"
+            )
             raise InvalidValueError(message)
         record = self._checked(record)
         partition = self.kind.partition(self.kind.id_of(record))
@@ -271,7 +274,7 @@ class Collection(Generic[R]):
             live = current.version if current.record is not None else ABSENT
             if expected_version is not None and expected_version != live:
                 await self._drop_chunks(partition, body)
-                message = f"the version is {live}, not {expected_version}"
+                message = f"the version is {live}, not {shown(expected_version)}"
                 raise ConflictError(message, partition=partition)
             old = {} if current.record is None else self.kind.hints(current.record)
             gone = [key for key in old if key not in hints]
@@ -387,7 +390,7 @@ class Collection(Generic[R]):
     ) -> Listing[R]:
         """Return the records listed at `place`, newest first, ties by id; with `expired`, those over too."""
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
-            message = f"limit={limit!r}: use a whole number from 0 on, or None for all"
+            message = f"limit={shown(limit)}: use a whole number from 0 on, or None for all"
             raise InvalidValueError(message)
         check_cursor(cursor)
         start = place.prefix if cursor is None else after(place.prefix + cursor)
@@ -468,7 +471,7 @@ class Collection(Generic[R]):
             raise InvalidValueError(message)
         for field in ("created_at", "updated_at", "expires_at"):
             if not -_INT64 <= (getattr(record, field, 0) or 0) < _INT64:
-                message = f"{field}={getattr(record, field)}: use milliseconds within 64 bits"
+                message = f"{field}={shown(getattr(record, field))}: use milliseconds within 64 bits"
                 raise InvalidValueError(message)
         return record
 

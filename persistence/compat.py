@@ -15,7 +15,6 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from math import isfinite, isinf
-from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
@@ -33,9 +32,9 @@ from persistence.checkpoints import (
 from persistence.collection import Listing
 from persistence.connect import Persistence, create_persistence
 from persistence.driver import Driver
-from persistence.errors import ConfigurationError, InvalidValueError
+from persistence.errors import ConfigurationError, InvalidValueError, shown
 from persistence.ids import lifetime_ms
-from persistence.options import masked_url
+from persistence.options import is_text, masked_url
 from persistence.records import Record
 
 __all__ = [
@@ -113,7 +112,7 @@ def storage_config(config: Mapping[str, Any] | StorageConfig) -> StorageConfig:
     try:
         fields = {camel_case(str(name)): value for name, value in config.items()}
         checked: StorageConfig = msgspec.convert(fields, StorageConfig)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:  # the latter: half a surrogate pair
         message = f"the storage's configuration: {error} (`type` is sqlite, mysql or postgres)"
         raise ConfigurationError(message) from None
     return checked
@@ -137,6 +136,9 @@ def record(kind: type[R], fields: Mapping[str, Any]) -> R:
 
     Raises `InvalidValueError` for a field that is missing, mistyped, or there in both spellings.
     """
+    if not (isinstance(kind, type) and issubclass(kind, Record)):
+        message = f"kind={shown(kind)}: use one of the record types, such as ImageRecord"
+        raise InvalidValueError(message)
     if not isinstance(fields, Mapping):
         message = f"{kind.__name__}: the fields must be a mapping, not {type(fields).__name__}"
         raise InvalidValueError(message)
@@ -165,6 +167,8 @@ class PaginatedResult(msgspec.Struct, kw_only=True):
 class AgentCheckpointStorage:
     """Checkpoints of agents and applications on one store, which `start` opens.
 
+    Before that every call raises `ConfigurationError`; after it, what `Persistence` says.
+
     Checkpoints may be given with the fields of either spelling, ``agentId`` or ``agent_id``.
     """
 
@@ -181,7 +185,10 @@ class AgentCheckpointStorage:
         return f"<{self.name}: {self.display_name}>"
 
     async def start(self) -> None:
-        """Open the store, and create what is missing. Idempotent."""
+        """Open the store, and create what is missing. Idempotent.
+
+        Raises what `create_persistence` raises.
+        """
         async with self._turn:
             if self._persistence is None:
                 self._persistence = await create_persistence(self._driver)
@@ -219,7 +226,8 @@ class AgentCheckpointStorage:
     async def list_checkpoints(self, **filters: Any) -> Listing[AgentCheckpointListItem]:
         """Return the checkpoints of agents without their states, newest first, all or those asked for.
 
-        `filters` are those of `Checkpoints.list_checkpoints`: agent_id, session_id, limit, cursor, …
+        `filters` are those of `Checkpoints.list_checkpoints`: agent_id, session_id, limit, cursor, …;
+        TypeError for any other.
         """
         return await self._checkpoints.list_checkpoints(**filters)
 
@@ -239,7 +247,8 @@ class AgentCheckpointStorage:
         """Return all checkpoints of agents; with `options`, of the newest version, a page of them.
 
         `options`: sessionId, agentId, agentType, limit (50), offset, before, after,
-        orderBy (createdAt or id), orderDir (ASC or DESC). Any other is refused.
+        orderBy (createdAt or id), orderDir (ASC or DESC). `InvalidValueError` for any other.
+        Times are Unix milliseconds.
         """
         if options is None:
             return await self.list_checkpoints()
@@ -300,7 +309,7 @@ class SQLiteStorage(AgentCheckpointStorage):
     description = "SQLite storage provider"
 
     def __init__(self, database_path: str) -> None:
-        driver = _module("sqlite").SQLiteDriver(Path(database_path))
+        driver = _module("sqlite").SQLiteDriver(database_path)
         super().__init__(driver, f"SQLite ({database_path})")
 
 
@@ -345,6 +354,7 @@ class Checkpointer:
     """Threads of snapshots: what agents call ``checkpointer``. `now` gives Unix milliseconds.
 
     `ttl_seconds`: how long a thread stays after its last snapshot.
+    The calls raise what those of `Persistence.checkpoints` do.
     """
 
     def __init__(
@@ -408,7 +418,10 @@ class Checkpointer:
 
 
 class ResumableStreamEventStore:
-    """Streams of parts that a client can take up again, with the limits of all of them."""
+    """Streams of parts that a client can take up again, with the limits of all of them.
+
+    The calls raise what those of `Persistence.streams` do.
+    """
 
     def __init__(
         self,
@@ -456,7 +469,7 @@ def _module(driver: str) -> Any:
 
 
 def _url(connection_string: str, schemes: tuple[str, ...], scheme: str) -> str:
-    given, colon, rest = connection_string.partition("://")
+    given, colon, rest = connection_string.partition("://") if is_text(connection_string) else ("", "", "")
     if not colon or given.lower() not in schemes:
         message = f"the connection string must be an URL that begins with {schemes[0]}://"
         raise ConfigurationError(message)
@@ -501,7 +514,8 @@ def _options(options: Mapping[str, Any], known: tuple[str, ...]) -> tuple[dict[s
         raise InvalidValueError(message)
     limit, offset = given.pop("limit", _DEFAULT_LIMIT), given.pop("offset", 0)
     if type(limit) is not int or limit < 1 or type(offset) is not int or offset < 0:
-        message = f"limit={limit!r}, offset={offset!r}: use whole numbers, limit from 1 and offset from 0 on"
+        given_page = f"limit={shown(limit)}, offset={shown(offset)}"
+        message = f"{given_page}: use whole numbers, limit from 1 and offset from 0 on"
         raise InvalidValueError(message)
     return given, limit, offset
 

@@ -13,7 +13,7 @@ from persistence.calls import Repository, public_change, within
 from persistence.checkpoints import Checkpoints
 from persistence.coalescer import Coalescer
 from persistence.driver import Driver
-from persistence.errors import ConfigurationError, InvalidValueError, PersistenceError
+from persistence.errors import ConfigurationError, InvalidValueError, PersistenceError, shown
 from persistence.ids import Clock, IdFactory, now_ms
 from persistence.options import masked_url
 from persistence.repair import Repair, RepairReport
@@ -29,7 +29,20 @@ _METHODS = ("open", "close", "get", "scan", "commit", "purge", "partitions")
 
 
 class Persistence(Repository):
-    """The repositories on one driver. Made by `create_persistence`; for one event loop, many tasks."""
+    """The repositories on one driver. Made by `create_persistence`; for one event loop, many tasks.
+
+    What holds for every call of it and of its repositories: `timeout` is in
+    seconds, None to wait as long as the driver does; times are Unix
+    milliseconds. A listing is `Listing`: `limit` is how many at most (None:
+    all), `cursor` that of the page before (None: from the beginning).
+
+    Raises `InvalidKeyError` for an id or a cursor that cannot be used,
+    `InvalidValueError` for any other argument, `CorruptRecordError` for what is
+    stored and cannot be read, `UnavailableError` if nothing was changed when the
+    store did not answer, `OutcomeUnknownError` if a write had been sent, and
+    `ConfigurationError` after `close`, on another event loop or after a fork.
+    What else a method raises, it says itself.
+    """
 
     containers: Containers
     images: Images
@@ -69,11 +82,14 @@ class Persistence(Repository):
         Safe beside any number of writers, and to interrupt and repeat: nothing
         depends on it but space, and listings after a crash. It runs only when
         it is called; once a day is plenty. `dry_run` only counts.
-        `tombstone_days`: how long a deleted id stays known as such, 1 or more.
-        `progress` is called with the number of partitions looked at so far.
+        `tombstone_days`: how long a deleted id stays known as such, in days, 1 or
+        more. `progress` is called with the number of partitions looked at so far.
         """
-        if not isinstance(tombstone_days, int | float) or not tombstone_days >= 1:
-            message = f"tombstone_days={tombstone_days!r}: use 1 or more"
+        if type(tombstone_days) not in (int, float) or not tombstone_days >= 1:
+            message = f"tombstone_days={shown(tombstone_days)}: use 1 or more"
+            raise InvalidValueError(message)
+        if progress is not None and not callable(progress):
+            message = f"progress={shown(progress)}: use a function that takes a number"
             raise InvalidValueError(message)
         repair = Repair(
             self._store,
@@ -93,7 +109,8 @@ class Persistence(Repository):
     async def close(self, *, timeout: float | None = None) -> None:
         """Wait for the calls under way, then release the driver. Idempotent.
 
-        When the time is up it goes on by itself; no call is taken any more.
+        When the time (`timeout`, in seconds) is up it goes on by itself, and `UnavailableError` or
+        `OutcomeUnknownError` is raised; no call is taken any more.
         """
         closing = self._coalescer.close()
         await (closing if timeout is None else within(timeout, closing))
@@ -169,6 +186,9 @@ def create_persistence(driver: Driver | str | None = None, *, clock: Clock = now
 
     Raises `ConfigurationError` for what cannot work, and whatever opening the driver raises.
     """
+    if not callable(clock):
+        message = f"clock={shown(clock)}: use a function that returns Unix milliseconds"
+        raise ConfigurationError(message)
     if driver is None:
         driver = os.environ.get("PERSISTENCE_URL")
         if not driver:
@@ -189,6 +209,9 @@ def driver_from_url(url: str) -> Driver:
     """
     from importlib.metadata import entry_points  # 10 ms that who passes a driver need not spend
 
+    if not isinstance(url, str):
+        message = f"an URL must be a text, not {type(url).__name__}"
+        raise ConfigurationError(message)
     scheme, colon, _ = url.partition("://")
     points = {point.name: point for point in entry_points(group="persistence.drivers")}
     known = ", ".join(f"{name}://" for name in sorted(points))

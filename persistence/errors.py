@@ -25,6 +25,7 @@ __all__ = [
     "OutcomeUnknownError",
     "PersistenceError",
     "UnavailableError",
+    "shown",
 ]
 
 
@@ -99,3 +100,11 @@ class OutcomeUnknownError(PersistenceError):
 
 class ConfigurationError(PersistenceError):
     """An option, an URL or an environment that cannot work, or an object used where it must not be."""
+
+
+def shown(value: object) -> str:
+    """Return a value that was refused as a message names it: its repr, 80 characters at most."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # a number has more digits than Python shows, or a repr of the caller's fails
+        return f"a value of type {type(value).__name__}"

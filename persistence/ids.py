@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from math import isfinite
 from typing import Any
 
-from persistence.errors import InvalidValueError
+from persistence.errors import InvalidValueError, shown
 
 __all__ = [
     "Clock",
@@ -68,15 +68,15 @@ def as_ms(value: Any, what: str) -> int:
     """
     if isinstance(value, datetime):
         if value.tzinfo is None:
-            message = f"{what}={value!r}: say in which time zone, for instance datetime.now(UTC)"
+            message = f"{what}={shown(value)}: say in which time zone, for instance datetime.now(UTC)"
             raise InvalidValueError(message)
         return (value - _EPOCH) // timedelta(milliseconds=1)
     if type(value) is bool or not (isinstance(value, int) or (isinstance(value, float) and isfinite(value))):
-        message = f"{what}={value!r:.80}: use Unix milliseconds, or a datetime"
+        message = f"{what}={shown(value)}: use Unix milliseconds, or a datetime"
         raise InvalidValueError(message)
     whole = int(value // 1)
     if not -_INT64 <= whole < _INT64:
-        message = f"{what}={value!r:.80}: use milliseconds within 64 bits"
+        message = f"{what}={shown(value)}: use milliseconds within 64 bits"
         raise InvalidValueError(message)
     return whole
 

@@ -411,9 +411,8 @@ class Log:
             return NotFoundError("it was deleted; save it again first", partition=partition)
         if self.gone(tail):
             return NotFoundError("its time was up; save it again first", partition=partition)
-        if append.expected_last is not None and append.expected_last != last:
-            message = f"the last number is {last}, not {append.expected_last}"
-            return ConflictError(message, partition=partition)
+        if fault := _unexpected(partition, append.expected_last, last):
+            return fault
         late = append.deadline is not None and self._store.coalescer.loop.time() > append.deadline
         if late and append.refusals >= _REFUSALS:
             return outpaced(partition)
@@ -733,19 +732,22 @@ class Log:
 
     # ---- hiding
 
-    async def cut(self, partition: str, through: int | None) -> int:
+    async def cut(self, partition: str, through: int | None, expected_last: int | None) -> int:
         """Hide what is visible after number `through` (None: everything); return how many entries.
 
-        `through` must be visible, else `NotFoundError`. Hidden at once, in one
-        Put; then the hidden entries are emptied, one Write a thousand.
+        `through` must be visible, else `NotFoundError`, and `expected_last` the
+        number of the last visible entry (0: none), else `ConflictError`. Hidden at
+        once, in one Put; then the hidden entries are emptied, one Write a thousand.
         """
-        return await self._hide(partition, ((through or 0) + 1, MAX_NUMBER), through)
+        return await self._hide(partition, ((through or 0) + 1, MAX_NUMBER), through, expected_last)
 
     async def take_back(self, partition: str, span: Span) -> None:
         """Hide the entries of `span`, which a copy has appended, and no others."""
         await self._hide(partition, span)
 
-    async def _hide(self, partition: str, span: Span, after: int | None = None) -> int:
+    async def _hide(
+        self, partition: str, span: Span, after: int | None = None, expected_last: int | None = None
+    ) -> int:
         """Hide what is visible in `span`, if number `after` is visible; return how many entries."""
         hidden: list[Span] = []
         replaced = 0
@@ -753,6 +755,8 @@ class Log:
         async def make(tail: Tail) -> tuple[Op, ...] | None:
             nonlocal hidden, replaced
             spans = [] if self.gone(tail) else await self.spans(partition, tail)
+            if fault := _unexpected(partition, expected_last, spans[-1][1] if spans else 0):
+                raise fault
             if after is not None and not _within(spans, after, after):
                 message = f"no visible entry has number {after}"
                 raise NotFoundError(message, partition=partition)
@@ -940,6 +944,12 @@ async def _steadily(work: Callable[[], Awaitable[T]]) -> T:
 def _fail(appends: Sequence[_Append], error: BaseException) -> None:
     for append in appends:
         fail(append.future, error)
+
+
+def _unexpected(partition: str, expected_last: int | None, last: int) -> ConflictError | None:
+    if expected_last is None or expected_last == last:
+        return None
+    return ConflictError(f"the last number is {last}, not {expected_last}", partition=partition)
 
 
 def _within(spans: Sequence[Span], low: int, high: int) -> list[Span]:

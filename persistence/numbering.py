@@ -70,7 +70,7 @@ def place(
     before = numbers.n, numbers.blocks, list(numbers.open.items())
     placed, fresh = _numbered(cut, known, numbers)
     if in_pieces and (breaks := _breaks(placed)) > max(_FRAGMENTS, len(placed) // 8):
-        for remain in _in_long_runs(cut, placed, set(fresh)), {}:
+        for remain in _in_long_runs(cut, placed, known), {}:
             again = Numbers(*before)
             anew, all_fresh = _numbered(cut, remain, again)
             if _breaks(anew) < breaks // 2:
@@ -79,14 +79,15 @@ def place(
     return placed, fresh
 
 
-def _in_long_runs(cut: Cut, placed: list[int], fresh: set[int]) -> dict[bytes, int]:
-    """Return the digests and numbers of the pieces that were there already, many in a run."""
+def _in_long_runs(cut: Cut, placed: list[int], known: dict[bytes, int]) -> dict[bytes, int]:
+    """Return those of the pieces `known` that are many in a run."""
     found: dict[bytes, int] = {}
+    there = [text in known for text in cut.digests]  # a new piece may occur twice
     first = 0
     for at in range(1, len(placed) + 1):
-        if at < len(placed) and placed[at] == placed[at - 1] + 1 and (at in fresh) == (first in fresh):
+        if at < len(placed) and placed[at] == placed[at - 1] + 1 and there[at] == there[first]:
             continue
-        if at - first >= _LONG_RUN and first not in fresh:
+        if at - first >= _LONG_RUN and there[first]:
             found.update(zip(cut.digests[first:at], placed[first:at], strict=True))
         first = at
     return found

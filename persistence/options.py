@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
-from persistence.errors import ConfigurationError, PersistenceError, UnavailableError
+from persistence.errors import ConfigurationError, PersistenceError, UnavailableError, shown
 
 __all__ = [
     "Durability",
     "SplitURL",
+    "check_address",
     "check_durability",
     "check_files",
     "check_identifier",
@@ -21,8 +22,10 @@ __all__ = [
     "check_pool_size",
     "check_seconds",
     "flag",
+    "is_text",
     "masked_url",
     "missing_client",
+    "path_text",
     "split_url",
     "take_apart",
     "unapplied",
@@ -35,13 +38,15 @@ Durability: TypeAlias = Literal["power", "process"]
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,63}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+_MOST_CONNECTIONS = 10_000
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNTRUSTED = re.compile(r"certificate verify failed: ([^(]+)|\[(?:X509|PEM): \w+\] ([^(]+)")
 
 
 def check_namespace(namespace: str) -> str:
     """Return `namespace`; raise `ConfigurationError` unless it is 1 to 63 of ``A-Za-z0-9_-``."""
     if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
-        message = f"namespace={namespace!r}: use 1 to 63 letters, digits, '_' or '-'"
+        message = f"namespace={shown(namespace)}: use 1 to 63 letters, digits, '_' or '-'"
         raise ConfigurationError(message)
     return namespace
 
@@ -49,7 +54,7 @@ def check_namespace(namespace: str) -> str:
 def check_durability(durability: str) -> Durability:
     """Return `durability`; raise `ConfigurationError` unless it is "power" or "process"."""
     if durability not in ("power", "process"):
-        message = f"durability={durability!r}: use 'power' or 'process'"
+        message = f"durability={shown(durability)}: use 'power' or 'process'"
         raise ConfigurationError(message)
     return cast("Durability", durability)
 
@@ -57,23 +62,61 @@ def check_durability(durability: str) -> Durability:
 def check_identifier(name: str, option: str) -> str:
     """Return `name` if it is a plain SQL identifier, else raise `ConfigurationError` naming `option`."""
     if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
-        message = f"{option}={name!r}: use a letter or '_', then up to 62 letters, digits or '_'"
+        message = f"{option}={shown(name)}: use a letter or '_', then up to 62 letters, digits or '_'"
         raise ConfigurationError(message)
     return name
 
 
 def check_pool_size(pool_size: int) -> None:
-    """Raise `ConfigurationError` unless `pool_size` is a whole number from 1 on."""
-    if not isinstance(pool_size, int) or pool_size < 1:
-        message = f"pool_size={pool_size!r}: use a whole number from 1 on"
+    """Raise `ConfigurationError` unless `pool_size` is a whole number from 1 to 10,000."""
+    if type(pool_size) is not int or not 1 <= pool_size <= _MOST_CONNECTIONS:
+        message = f"pool_size={shown(pool_size)}: use a whole number from 1 to {_MOST_CONNECTIONS:,}"
         raise ConfigurationError(message)
 
 
 def check_seconds(option: str, seconds: float, least: float = 0.001) -> None:
     """Raise `ConfigurationError` that names `option` unless `seconds` is from `least` to 86,400."""
-    if not isinstance(seconds, int | float) or not least <= seconds <= 86_400:
-        message = f"{option}={seconds!r}: use {least} to 86400 seconds"
+    if type(seconds) not in (int, float) or not least <= seconds <= 86_400:
+        message = f"{option}={shown(seconds)}: use {least} to 86400 seconds"
         raise ConfigurationError(message)
+
+
+def check_address(
+    driver: str,
+    host: str | None,
+    port: int | None,
+    user: str | None,
+    password: str | None,
+    database: str | None,
+) -> None:
+    """Raise `ConfigurationError` that names the one of these that is no text, or no port, and shows none."""
+    texts = {"host": host, "user": user, "password": password, "database": database}
+    for option, text in texts.items():
+        if text is not None and not is_text(text):
+            message = f"{driver}: {option} must be a text of valid Unicode, not {type(text).__name__}"
+            raise ConfigurationError(message)
+    if port is not None and (type(port) is not int or not 0 < port < 1 << 16):
+        message = f"{driver}: port={shown(port)}: use a whole number from 1 to 65535"
+        raise ConfigurationError(message)
+
+
+def is_text(value: object) -> bool:
+    """Tell whether `value` is a text that can be written as UTF-8."""
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    """Return `path` as a text; raise `ConfigurationError` for what is no path, or no file can be called."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        message = f"path={shown(path)}: use a text or a pathlib.Path, not empty and without NUL"
+        raise ConfigurationError(message)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        message = f"path={shown(path)}: no file system has such a name"
+        raise ConfigurationError(message) from error
+    return text
 
 
 def missing_client(driver: str, module: str) -> ConfigurationError:
@@ -88,9 +131,13 @@ async def check_files(driver: str, url: str | None, options: Mapping[str, Any], 
     given = {**dict(parse_qsl(urlsplit(url or "").query)), **options}
     for name in names:
         path = given.get(name)
-        if path is not None and not await asyncio.to_thread(os.access, path, os.R_OK):
-            message = f"{driver}: {name}={path!r} is no file that can be read"
+        if path is not None and not (is_text(path) and await asyncio.to_thread(_readable, path)):
+            message = f"{driver}: {name}={shown(path)} is no file that can be read"
             raise ConfigurationError(message)
+
+
+def _readable(path: str) -> bool:
+    return "\0" not in path and os.access(path, os.R_OK)
 
 
 def untrusted(error: BaseException | None, driver: str, option: str) -> ConfigurationError | None:

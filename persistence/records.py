@@ -33,7 +33,7 @@ class Record(msgspec.Struct, kw_only=True, eq=False, forbid_unknown_fields=True)
     `version` is what the store knows the record by: give it as
     ``expected_version=`` when you save to be told if somebody else was faster.
     It is 0 in a record that was not read from a store, and takes no part in
-    comparisons.
+    comparisons. `created_at` and `updated_at` are Unix milliseconds.
     """
 
     secret: ClassVar[frozenset[str]] = frozenset()
@@ -85,7 +85,7 @@ class Record(msgspec.Struct, kw_only=True, eq=False, forbid_unknown_fields=True)
             if value is not None:
                 yield name, _shown(name, value, self.secret)
         if self.extra:
-            yield "extra", dict.fromkeys(self.extra, _MASK)
+            yield "extra", _masked(self.extra)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
@@ -130,7 +130,8 @@ class SessionRecord(Record):
 
     A fork names its source in `parent_session_id`, and in `parent_seq` the
     number of the last message that it took over (0: none). From the time
-    `expires_at` on, where it is given, the session is not found any more.
+    `expires_at` (Unix milliseconds) on, where it is given, the session is not
+    found any more.
     """
 
     session_id: str
@@ -177,5 +178,9 @@ def _shown(name: str, value: Any, secret: frozenset[str]) -> Any:
     if name in secret:
         return _MASK
     if name == "mcp_servers":  # their environments and headers hold tokens
-        return dict.fromkeys(value, _MASK)
+        return _masked(value)
     return value
+
+
+def _masked(fields: Any) -> Any:
+    return dict.fromkeys(fields, _MASK) if isinstance(fields, Mapping) else _MASK

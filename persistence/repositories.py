@@ -24,6 +24,7 @@ from persistence.errors import (
     OutcomeUnknownError,
     PersistenceError,
     UnavailableError,
+    shown,
 )
 from persistence.ids import as_ms
 from persistence.keys import MAX_NUMBER, encode_id
@@ -99,7 +100,7 @@ def _sessions_of_image(image_id: str) -> Place:
 
 
 class Deleted(msgspec.Struct, frozen=True, kw_only=True):
-    """What a delete removed. False where there was nothing to remove."""
+    """What a delete removed, counted by kind. False where there was nothing to remove; `+` adds two."""
 
     containers: int = 0
     images: int = 0
@@ -126,7 +127,7 @@ class StoredMessage(msgspec.Struct, frozen=True):
 
 
 class Sessions(Repository):
-    """Sessions and their messages."""
+    """Sessions and their messages. What all calls have in common, `Persistence` says."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -250,7 +251,7 @@ class Sessions(Repository):
         def change(record: SessionRecord) -> None:
             record.expires_at = at
 
-        missing = f"no session {session_id!r:.80}; `save_session` makes one"
+        missing = f"no session {shown(session_id)}; `save_session` makes one"
         return await self.records.update(session_id, change, missing=missing, save=self._save)
 
     @public_change
@@ -272,7 +273,8 @@ class Sessions(Repository):
         """Copy a session with its messages, all or those up to number `through`; return the copy.
 
         The copy numbers its messages from 1, names its source, and does not
-        depend on it. Its record comes last: without it, the fork did not
+        depend on it. It is of `image_id` and `container_id`, by default of those of its
+        source. Its record comes last: without it, the fork did not
         happen; what was copied until it was interrupted, `repair` removes after
         an hour. Raises `NotFoundError` without a source, `ConflictError` if
         `new_session_id` was used before, be it by a fork that was interrupted,
@@ -297,14 +299,17 @@ class Sessions(Repository):
         The session need not have been saved, but a deleted one refuses
         (`NotFoundError`). A second call with the same `idempotency_key` adds
         nothing and returns the first number, even if that message was truncated
-        since: an answer that is made anew needs a new key. `expected_last` is
-        the number of the last visible message, 0 for none; `ConflictError` if
-        it is another.
+        since: an answer that is made anew needs a new key. Put no content into
+        it: it stays, legibly, until `repair` forgets the deleted session.
+        `expected_last` is the number of the last visible message, 0 for none;
+        `ConflictError` if it is another.
         """
         partition = SESSIONS.partition(session_id)
         once = None if idempotency_key is None else encode_id(idempotency_key, "idempotency_key")
         item = await self._item(partition, message)
-        return await self.log.append(partition, [item], once=once, expected_last=_number(expected_last))
+        return await self.log.append(
+            partition, [item], once=once, expected_last=_number(expected_last, "expected_last")
+        )
 
     @public
     async def add_messages(
@@ -316,7 +321,7 @@ class Sessions(Repository):
         expected_last: int | None = None,
         timeout: float | None = None,
     ) -> list[int]:
-        """Append messages in order; return their numbers.
+        """Append messages in order; return their numbers. Of none, nothing is checked.
 
         Atomic up to 900 messages and 3 MiB. More go batch by batch; an error
         then has the count of those stored as its `stored`. The other arguments
@@ -325,7 +330,7 @@ class Sessions(Repository):
         """
         partition = SESSIONS.partition(session_id)
         once = None if idempotency_key is None else encode_id(idempotency_key, "idempotency_key")
-        expected = _number(expected_last)
+        expected = _number(expected_last, "expected_last")
         if not isinstance(messages, Iterable):
             text = f"messages must be a list of mappings, not {type(messages).__name__}"
             raise InvalidValueError(text, partition=partition)
@@ -365,6 +370,7 @@ class Sessions(Repository):
         `last`: the last ones, that many. `after`, `before`: those behind or
         ahead of a number; `limit` keeps that many, the nearest to it. Without
         them: all, or the first `limit`. No session, no messages: an empty list.
+        `CorruptRecordError` if one of them cannot be read.
         """
         return [item.value for item in await self._read(session_id, last, after, before, limit)]
 
@@ -379,7 +385,7 @@ class Sessions(Repository):
         limit: int | None = None,
         timeout: float | None = None,
     ) -> list[StoredMessage]:
-        """Return what `get_messages` returns, each with its number and time."""
+        """Return what `get_messages`, with the same arguments, returns, each with its number and time."""
         items = await self._read(session_id, last, after, before, limit)
         return [StoredMessage(item.number, item.at, item.value) for item in items]
 
@@ -390,9 +396,16 @@ class Sessions(Repository):
         return 0 if self.log.gone(tail) else tail.visible
 
     @public_change
-    async def clear_messages(self, session_id: str, *, timeout: float | None = None) -> int:
-        """Remove all messages, at once; return how many. Numbers go on, they do not start again."""
-        return await self.log.cut(SESSIONS.partition(session_id), None)
+    async def clear_messages(
+        self, session_id: str, *, expected_last: int | None = None, timeout: float | None = None
+    ) -> int:
+        """Remove all messages, at once; return how many. Numbers go on, they do not start again.
+
+        0 where there is no session, or none that has messages. `expected_last`:
+        as for `add_message`, so that nothing goes that the caller has not seen.
+        """
+        expected = _number(expected_last, "expected_last")
+        return await self.log.cut(SESSIONS.partition(session_id), None, expected)
 
     @public_change
     async def truncate_after_message(
@@ -401,21 +414,24 @@ class Sessions(Repository):
         message_id: str | None = None,
         *,
         seq: int | None = None,
+        expected_last: int | None = None,
         timeout: float | None = None,
     ) -> int:
         """Remove the messages after one, not that one itself; return how many.
 
         The one is the last visible message whose ``id`` is `message_id`, or
         the visible message number `seq`, which needs no search. Raises
-        `NotFoundError` if there is no such message.
+        `NotFoundError` if there is no such message. `expected_last`: as for
+        `add_message`, so that nothing goes that the caller has not seen.
         """
         partition = SESSIONS.partition(session_id)
+        expected = _number(expected_last, "expected_last")
         if (message_id is None) == (seq is None):
             message = "give either a message id or seq="
             raise InvalidValueError(message, partition=partition)
         if seq is None:
             seq = await self._find_message(partition, message_id)
-        return await self.log.cut(partition, _number(seq))
+        return await self.log.cut(partition, _number(seq, "seq"), expected)
 
     # ---- behind the calls
 
@@ -456,7 +472,7 @@ class Sessions(Repository):
         expires_at = getattr(record, "expires_at", None)
         if expires_at is not None:
             if not isinstance(expires_at, int):
-                message = f"expires_at={expires_at!r:.80}: a record has Unix milliseconds"
+                message = f"expires_at={shown(expires_at)}: a record has Unix milliseconds"
                 raise InvalidValueError(message)
             await self._deadlines.put(partition, as_ms(expires_at, "expires_at"))
         version = await self.records.save(
@@ -541,7 +557,7 @@ class Sessions(Repository):
         if source is None:
             message = f"no session {session_id!r:.80}; `save_session` makes one"
             raise NotFoundError(message, partition=SESSIONS.partition(session_id))
-        new_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
+        new_id = _new_id("sess", self._store, new_session_id, "new_session_id")
         above, copies = await self._copy(session_id, new_id, through)
         now = self._store.clock()
         # Listed before its source, be it of the same millisecond or of a clock that is a little ahead.
@@ -571,7 +587,7 @@ class Sessions(Repository):
             raise ConflictError(used, partition=partition)
         origin = SESSIONS.partition(session_id)
         begun = await self.log.tail(origin)
-        last = begun.number if through is None else min(_number(through) or 0, begun.number)
+        last = begun.number if through is None else min(_number(through, "through") or 0, begun.number)
         once = COPIED + self._store.ids()  # tells `repair` what a fork that was killed has left
         above, copies = 0, (0, 0)
         try:
@@ -632,9 +648,9 @@ class Sessions(Repository):
             raise InvalidValueError(message)
         return await self.log.read(
             SESSIONS.partition(session_id),
-            above=_number(after) or 0,
-            below=_number(before),
-            limit=_number(limit if last is None else last),
+            above=_number(after, "after") or 0,
+            below=_number(before, "before"),
+            limit=_number(limit, "limit") if last is None else _number(last, "last"),
             newest=last is not None or before is not None,
         )
 
@@ -645,12 +661,12 @@ class Sessions(Repository):
                 if item.value.get("id") == message_id:
                     return int(item.number)
             below = page[0].number
-        message = f"no visible message has the id {message_id!r}"
+        message = f"no visible message has the id {shown(message_id)}"
         raise NotFoundError(message, partition=partition)
 
 
 class Images(Repository):
-    """Images: configured agents."""
+    """Images: configured agents. What all calls have in common, `Persistence` says."""
 
     def __init__(self, store: Store, sessions: Sessions) -> None:
         super().__init__(store)
@@ -744,8 +760,8 @@ class Images(Repository):
         if not isinstance(metadata, Mapping):
             message = f"metadata must be a mapping, not {type(metadata).__name__}"
             raise InvalidValueError(message)
-        if isinstance(remove, str) or not isinstance(remove, AbstractCollection):
-            message = f"remove={remove!r:.80}: use a list of keys"
+        if isinstance(remove, str | bytes) or not isinstance(remove, AbstractCollection):
+            message = f"remove={shown(remove)}: use a list of keys"
             raise InvalidValueError(message)
 
         def change(record: ImageRecord) -> None:
@@ -753,6 +769,7 @@ class Images(Repository):
             record.metadata = {**kept, **metadata}
             record.updated_at = self._store.clock()
 
+        encode_id(image_id, "image_id")  # told before it stands in a message
         return await self.records.update(image_id, change, missing=f"Image not found: {image_id}")
 
     @public_change
@@ -775,18 +792,19 @@ class Images(Repository):
     ) -> ImageRecord:
         """Copy an image with its session, as far as message number `through`; return the copy.
 
-        The copy names its source as `parent_image_id`. Its record comes last.
+        The copy names its source as `parent_image_id`, and has its name unless `name` says
+        otherwise; `new_image_id` and `new_session_id` are made if none are given. Its record comes last.
         Raises `NotFoundError` if there is no such image, `ConflictError` if a new id was used before.
         """
         source = await self.records.find(image_id)
         if source is None:
             message = f"Image not found: {image_id}"
             raise NotFoundError(message, partition=IMAGES.partition(image_id))
-        fork_id = f"img_{self._store.ids()}" if new_image_id is None else new_image_id
+        fork_id = _new_id("img", self._store, new_image_id, "new_image_id")
+        session_id = _new_id("sess", self._store, new_session_id, "new_session_id")
         if (await self.records.load(fork_id)).version:
             message = f"the image id {fork_id!r} was used before"
             raise ConflictError(message, partition=IMAGES.partition(fork_id))
-        session_id = f"sess_{self._store.ids()}" if new_session_id is None else new_session_id
         if await self._sessions.records.exists(source.session_id):
             await self._sessions._fork(source.session_id, session_id, through, fork_id, source.container_id)
         else:
@@ -835,7 +853,7 @@ class Images(Repository):
 
 
 class Prototypes(Repository):
-    """Prototypes: templates of images."""
+    """Prototypes: templates of images. What all calls have in common, `Persistence` says."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -849,7 +867,7 @@ class Prototypes(Repository):
         expected_version: int | None = None,
         timeout: float | None = None,
     ) -> int:
-        """Create or replace a prototype; return its version. See `Images.save_image`."""
+        """Create or replace a prototype; return its version. `expected_version`: see `Images.save_image`."""
         return await self.records.save(record, expected_version=expected_version)
 
     @public
@@ -914,7 +932,10 @@ class LLMProviders(Repository):
         expected_version: int | None = None,
         timeout: float | None = None,
     ) -> int:
-        """Create or replace a provider; return its version. `is_default` makes it the default, or not."""
+        """Create or replace a provider; return its version. `is_default` makes it the default, or not.
+
+        `expected_version`: see `Images.save_image`.
+        """
         if isinstance(record, Mapping):
             record = LLMProviderRecord.from_mapping(record)
         version = await self.records.save(record, expected_version=expected_version)
@@ -1061,7 +1082,7 @@ def _default_key(container_id: str) -> Key:
 
 
 class Containers(Repository):
-    """Containers, and what they hold."""
+    """Containers, and what they hold. What all calls have in common, `Persistence` says."""
 
     def __init__(
         self,
@@ -1086,7 +1107,7 @@ class Containers(Repository):
         expected_version: int | None = None,
         timeout: float | None = None,
     ) -> int:
-        """Create or replace a container; return its version. See `Images.save_image`."""
+        """Create or replace a container; return its version. `expected_version`: see `Images.save_image`."""
         return await self.records.save(record, expected_version=expected_version)
 
     @public
@@ -1149,6 +1170,14 @@ class Containers(Repository):
         return removed
 
 
+def _new_id(prefix: str, store: Store, given: str | None, what: str) -> str:
+    """Return the id that is given, checked, or a new one."""
+    if given is None:
+        return f"{prefix}_{store.ids()}"
+    encode_id(given, what)
+    return given
+
+
 async def _delete_with(
     delete_children: Callable[[str, Any], Awaitable[Deleted]] | None,
     records: Collection[Any],
@@ -1172,10 +1201,10 @@ async def _delete_with(
     return removed
 
 
-def _number(value: int | None) -> int | None:
+def _number(value: int | None, what: str) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
-        message = f"{value!r} is no number or count of messages: use a whole number from 0 on"
+        message = f"{what}={shown(value)} is no number or count of messages: use a whole number from 0 on"
         raise InvalidValueError(message)
     return value

@@ -33,6 +33,7 @@ from persistence.collection import Listing
 from persistence.compat import camel_case
 from persistence.errors import ConfigurationError, CorruptRecordError, InvalidValueError, NotFoundError
 from persistence.ids import shown_time
+from persistence.options import check_seconds
 
 __all__ = [
     "Agent",
@@ -310,6 +311,9 @@ class CheckpointCommands:
 
     async def execute(self, line: str, agent: Agent) -> str:
         """Do what `line` says, by default ``list``. `InvalidValueError` tells how it should be."""
+        if not isinstance(line, str):
+            message = f"a command must be a text, not {type(line).__name__}"
+            raise InvalidValueError(message)
         command, rest = (*line.strip().split(maxsplit=1), "", "")[:2]
         if command == "create":
             id = await self._service.save_agent_checkpoint(rest or _DEFAULT_LABEL, agent)
@@ -398,6 +402,7 @@ class CheckpointRPC:
     ) -> None:
         self._service = service
         self._launch = launch
+        check_seconds("interval_seconds", interval_seconds)
         self._limit = limit
         self._interval = interval_seconds
 
@@ -417,7 +422,7 @@ class CheckpointRPC:
         takes, call = calls[method]
         try:
             asked = msgspec.convert({} if params is None else params, takes)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeError) as error:  # the latter: half a surrogate pair
             message = f"{self.path} {method}: {error}"
             raise InvalidValueError(message) from None
         return await call(**msgspec.structs.asdict(asked))

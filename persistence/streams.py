@@ -37,6 +37,7 @@ from persistence.errors import (
     InvalidValueError,
     OutcomeUnknownError,
     UnavailableError,
+    shown,
 )
 from persistence.ids import lifetime_ms, steady_seconds
 from persistence.keys import MAX_NUMBER, encode_id, key_number, number_key, prefix_end
@@ -137,7 +138,10 @@ class _ChangedError(Exception):
 
 
 class Streams(Repository):
-    """Answers while they are being made: one producer appends, whoever was cut off reads on."""
+    """Answers while they are being made: one producer appends, whoever was cut off reads on.
+
+    What all calls have in common, `Persistence` says.
+    """
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -261,7 +265,10 @@ class Streams(Repository):
     async def renew_continue_lock(
         self, stream_id: str, token: str, *, lease_seconds: float = 30.0, timeout: float | None = None
     ) -> bool:
-        """Hold a lock for `lease_seconds` from now on. False: it had ended, or is another's by now."""
+        """Hold a lock, whose `token` one has, for `lease_seconds` from now on.
+
+        False: it had ended, or is another's by now.
+        """
         lease = lifetime_ms(lease_seconds, "lease_seconds")
         return await self._hold(_partition(stream_id), token, token, lease)
 
@@ -269,7 +276,7 @@ class Streams(Repository):
     async def release_continue_lock(
         self, stream_id: str, token: str, *, timeout: float | None = None
     ) -> bool:
-        """Give a lock back. False: it had ended, or is another's by now."""
+        """Give a lock, whose `token` one has, back. False: it had ended, or is another's by now."""
         return await self._hold(_partition(stream_id), token, token, None)
 
     # ---- appending
@@ -596,7 +603,7 @@ class Streams(Repository):
     async def _hold(self, partition: str, holder: str | None, token: str, lease: int | None) -> bool:
         """Give the lock to `token`, or back if `lease` is None, if `holder` holds it now."""
         if not isinstance(token, str):
-            message = f"token={token!r:.80}: use what acquire_continue_lock has returned"
+            message = f"token={shown(token)}: use what acquire_continue_lock has returned"
             raise InvalidValueError(message, partition=partition)
         tries = Tries(partition)
         while True:

@@ -48,6 +48,7 @@ from persistence.driver import (
     MAX_KEY_CHARS,
     MAX_PARTITION_CHARS,
     MAX_VALUE_BYTES,
+    MAX_WRITE_BYTES,
     MAX_WRITE_OPS,
     PAGE_BYTES,
     Check,
@@ -196,6 +197,9 @@ class DriverConformance:
                         _same(await driver.commit([write]), [False], f"{op} where {version} is stored")
                 write = Write(name, (Check("k", version), Put("new", b"")), next(_versions))
                 _same(await driver.commit([write]), [True], f"{write} where {version} is stored")
+                for last, applied in ((write.version, True), (write.version ^ 1, False)):
+                    checks = Write(name, (Check("k", version), Check("new", last)), next(_versions))
+                    _same(await driver.commit([checks]), [applied], "a Write of Checks alone")
 
         self._with_driver(make_driver, scenario)
 
@@ -241,6 +245,14 @@ class DriverConformance:
                 part = [Key(write.partition, "a") for write in most[n : n + 250]]
                 stored = [Entry("a", b"%04d" % m * 1000, most[m].version) for m in range(n, n + 250)]
                 _same(await driver.get(part), stored, "what 1,000 Writes left")
+
+            share = bytes(range(256)) * (MAX_WRITE_BYTES // 4 // 256)
+            largest = Write("largest", tuple(Put(key, share[1:]) for key in "abcd"), next(_versions))
+            _same(await driver.commit([largest]), [True], "the largest Write")
+            stored = [Entry(key, share[1:], largest.version) for key in "abcd"]
+            _same(await _everything(driver, "largest"), stored, "the largest Write")
+            apart = [Write(name, (Put("k", share[1:], ABSENT),), next(_versions)) for name in "abcd"]
+            _same(await driver.commit(apart), [True] * 4, "the largest commit")
 
             keys = [f"{n:04}" for n in range(MAX_WRITE_OPS)]
             random.Random(self.seed).shuffle(keys)
@@ -305,7 +317,8 @@ class DriverConformance:
             for write in writes:
                 wanted = [Entry("k", write.partition.encode(), write.version)]
                 _same(await _everything(driver, write.partition), wanted, f"partition {write.partition}")
-            _same(await _partitions(driver, 50), {*names, "keys"}, "partitions with odd names")
+            for limit in (1, 50):
+                _same(await _partitions(driver, limit), {*names, "keys"}, f"odd partitions by {limit}")
 
             both = await _put(driver, longest + "~", {"k" * MAX_KEY_CHARS: b"", "~" * MAX_KEY_CHARS: b""})
             found = await driver.get([Key(longest + "~", entry.key) for entry in both])
@@ -465,23 +478,33 @@ class DriverConformance:
             version = ABSENT
             for n in range(self.rounds):
                 writer, reader, rival = (drivers[(n + shift) % 3] for shift in range(3))
-                write = Write(
-                    "p", (Put("a", b"%d" % n, version), Put(f"b{n:03}", b"", ABSENT)), next(_versions)
-                )
+                key, name = f"b{n:03}", f"purged/{n}"
+                for driver in (reader, drivers[-1]):  # nothing of what they see now may be kept
+                    _same(await driver.get([Key("p", key)]), [None], f"get before Write {n}")
+                    await driver.scan("p", "a", None, limit=1000)
+                    await driver.partitions(None, 1000)
+                write = Write("p", (Put("a", b"%d" % n, version), Put(key, b"", ABSENT)), next(_versions))
                 _same(await writer.commit([write]), [True], f"Write {n}")
                 entry = Entry("a", b"%d" % n, write.version)
                 for driver in (reader, drivers[-1]):  # the last one never writes
                     _same(await driver.get([Key("p", "a")]), [entry], f"get after Write {n}")
-                    page = await driver.scan("p", "", None, limit=n + 2)
+                    _same(
+                        await driver.get([Key("p", key)]),
+                        [Entry(key, b"", write.version)],
+                        "get of a new key",
+                    )
+                    page = await driver.scan("p", "a", None, limit=1000)
                     _same(len(page.entries), n + 2, f"scan after Write {n}")
                 late = Write("p", (Put("a", b"lost", version),), next(_versions))
                 _same(await rival.commit([late]), [False], "a Write that comes late")
                 version = write.version
-                name = f"purged/{n}"
                 await _put(writer, name, {"a": b""})
-                _expect(name in await _partitions(reader, 100), "partitions of another driver object")
+                for driver in (reader, drivers[-1]):
+                    _expect(name in await _partitions(driver, 1000), "partitions of another driver object")
                 await rival.purge(name, "", None)
-                _same(await reader.scan(name, "", None, limit=1), Page([], False), "scan after purge")
+                for driver in (reader, drivers[-1]):
+                    _same(await driver.scan(name, "", None, limit=1), Page([], False), "scan after purge")
+                    _expect(name not in await _partitions(driver, 1000), "partitions after purge by another")
 
         self._with_driver(make_driver, scenario, objects=4)
 
@@ -890,9 +913,9 @@ async def _look(driver: Driver, names: Sequence[str], *, scan: bool = False) -> 
 
 
 def _random_write(chance: random.Random, seen: Action, version: int) -> Write:
-    """A Write of one to three ops, at least one of them a Put."""
+    """A Write of one to four ops, at least one of them a Put."""
     ops: list[Op] = []
-    for key in chance.sample(sorted(seen.reads), chance.randint(1, 3)):
+    for key in chance.sample(sorted(seen.reads), chance.randint(2, 4)):
         held = seen.reads[key]
         put = Put(key, _mark(seen.partition, key, version), held)
         if not ops or held == ABSENT:
@@ -1152,6 +1175,7 @@ _COMPANIONS: Final[tuple[tuple[str, tuple[Op, ...], tuple[Op, ...]], ...]] = (
     ("alone", (), ()),
     ("first", (), (Put("a", b"a", ABSENT), Put("x", b"x2"), Delete("y"))),
     ("last", (Put("z", b"z"), Delete("x"), Put("b", b"b", ABSENT)), ()),
+    ("deletes", (Delete("x"), Delete("y")), ()),
 )
 _SIGNS: Final = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in "{}")
 _ODD_NAMES: Final = r"""

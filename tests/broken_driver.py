@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any, Self
 
-from persistence.driver import Check, Delete, Entry, Key, Page, Put, Write
+from persistence.driver import MAX_WRITE_BYTES, Check, Delete, Entry, Key, Page, Put, Write
 from persistence.drivers.memory import MemoryDriver
 
 
@@ -125,6 +126,114 @@ class TornReadDriver(MemoryDriver):
         return found
 
 
+class LateCheckDriver(MemoryDriver):
+    """Tests its Checks first and everything else later, only in Writes that delete something too."""
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        outcomes: list[bool | None] = []
+        for write in writes:
+            checks = tuple(op for op in write.ops if isinstance(op, Check))
+            if checks and any(isinstance(op, Delete) for op in write.ops):
+                if await super().commit([write._replace(ops=checks)]) == [False]:
+                    outcomes.append(False)
+                    continue
+                await asyncio.sleep(0)
+                write = write._replace(ops=tuple(op for op in write.ops if not isinstance(op, Check)))
+            outcomes += await super().commit([write])
+        return outcomes
+
+
+class ChecksAloneDriver(MemoryDriver):
+    """Takes a Write that changes nothing for one that cannot fail."""
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        outcomes = await super().commit(writes)
+        for number, write in enumerate(writes):
+            if len(write.ops) > 1 and all(isinstance(op, Check) for op in write.ops):
+                outcomes[number] = True
+        return outcomes
+
+
+class DeletesApartDriver(MemoryDriver):
+    """Applies a Write of Deletes alone op by op."""
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        outcomes: list[bool | None] = []
+        for write in writes:
+            if all(isinstance(op, Delete) for op in write.ops):
+                parts = [
+                    await super(DeletesApartDriver, self).commit([write._replace(ops=(op,))])
+                    for op in write.ops
+                ]
+                outcomes.append(all(part == [True] for part in parts))
+            else:
+                outcomes += await super().commit([write])
+        return outcomes
+
+
+class SmallPacketDriver(MemoryDriver):
+    """Refuses what is larger than a packet, as a server may."""
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        size = sum(len(op.key) + len(op.value) for write in writes for op in write.ops if isinstance(op, Put))
+        assert size < MAX_WRITE_BYTES, "packet too large"
+        return await super().commit(writes)
+
+
+class KeepingDriver(MemoryDriver):
+    """Objects on one store, each of which keeps what it has read until it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[object, Any] = {}
+
+    def another(self) -> Self:
+        other = type(self)()
+        other._partitions = self._partitions
+        return other
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool | None]:
+        self._kept.clear()
+        return await super().commit(writes)
+
+    async def purge(self, partition: str, start: str, end: str | None) -> None:
+        self._kept.clear()
+        await super().purge(partition, start, end)
+
+
+class KeptAbsenceDriver(KeepingDriver):
+    """Keeps in mind which keys were not there."""
+
+    async def get(self, keys: Sequence[Key]) -> list[Entry | None]:
+        found = await super().get(keys)
+        found = [None if key in self._kept else entry for key, entry in zip(keys, found, strict=True)]
+        self._kept.update((key, None) for key, entry in zip(keys, found, strict=True) if entry is None)
+        return found
+
+
+class KeptPageDriver(KeepingDriver):
+    """Keeps the pages it has read."""
+
+    async def scan(
+        self, partition: str, start: str, end: str | None, *, limit: int, reverse: bool = False
+    ) -> Page:
+        asked = partition, start, end, limit, reverse
+        if asked not in self._kept:
+            self._kept[asked] = await super().scan(partition, start, end, limit=limit, reverse=reverse)
+        entries, more = self._kept[asked]
+        return Page([*entries], more)
+
+
+class KeptNamesDriver(KeepingDriver):
+    """Keeps the names of the partitions."""
+
+    async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
+        if (cursor, limit) not in self._kept:
+            self._kept[cursor, limit] = await super().partitions(cursor, limit)
+        names, following = self._kept[cursor, limit]
+        return [*names], following
+
+
 class StaleReadDriver(MemoryDriver):
     """Answers `get` from before the last commit."""
 
@@ -178,3 +287,10 @@ class ForgetfulListDriver(MemoryDriver):
         begin = int(cursor or 0)
         end = begin + limit
         return names[begin:end], str(end) if end < len(names) else None
+
+
+class SkippedNameDriver(MemoryDriver):
+    """Goes on behind the least name that follows the last one of a page."""
+
+    async def partitions(self, cursor: str | None, limit: int) -> tuple[list[str], str | None]:
+        return await super().partitions(cursor and cursor + "!", limit)

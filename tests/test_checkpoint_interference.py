@@ -520,6 +520,28 @@ async def test_of_named_checkpoints_of_one_time_the_last_comes_first(make_driver
         assert latest.state == 4
 
 
+async def test_the_latest_app_checkpoint_is_the_one_before_where_it_is_deleted_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = MemoryDriver()
+    async with create_persistence(driver) as p, create_persistence(driver) as q:
+        app = {"session_id": "s", "hostname": "h", "working_directory": "/", "state": 1}
+        first, second = [await p.checkpoints.store_app_checkpoint({**app, "created_at": n}) for n in (5, 6)]
+        read, deleted = p.checkpoints.apps.read, [second]
+
+        async def late(*of: Any) -> Any:
+            while deleted:
+                await q.checkpoints.delete_app_checkpoint(deleted.pop())
+            return await read(*of)
+
+        monkeypatch.setattr(p.checkpoints.apps, "read", late)
+        latest = await p.checkpoints.retrieve_latest_app_checkpoint()
+        assert latest is not None
+        assert latest.id == first
+        deleted.append(first)
+        assert await p.checkpoints.retrieve_latest_app_checkpoint() is None
+
+
 async def test_writers_that_overtake_each_other_leave_nothing_in_the_listings() -> None:
     driver = MemoryDriver()
     async with create_persistence(driver) as p, create_persistence(driver) as q:

@@ -1327,6 +1327,21 @@ async def test_a_state_changed_here_and_there_does_not_fall_to_pieces(driver: Re
         assert await spare(p) == 0
 
 
+async def test_what_is_new_and_there_twice_is_stored_even_if_short_runs_are_stored_anew() -> None:
+    chance = random.Random(7)
+    given = state(600)
+    memory = MemoryDriver()
+    async with create_persistence(memory) as p, create_persistence(memory) as other:
+        for i in range(30):
+            for j in range(20):
+                given["messages"][chance.randrange(300)] = message(2000 + 20 * i + j)
+            given["window"] = [message(10_000 + 100 * i + j) for j in range(100)]
+            given["sent"] = given["window"]
+            await p.checkpoints.put("t", given)
+            assert await other.checkpoints.get("t") == given  # not what the writer remembers
+        assert await spare(p) == 0
+
+
 # ---- crashes and faults
 
 

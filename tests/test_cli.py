@@ -201,6 +201,21 @@ async def test_a_line_that_contradicts_the_store_changes_nothing(
         assert await p.sessions.get_messages(second["session_id"]) == second["messages"]
 
 
+async def test_what_an_import_stores_is_nobodys_orphan_and_expires_when_the_line_says() -> None:
+    now = 1_800_000_000_000
+    lines = [
+        b'{"session_id": "s%d", "expires_at": %d, "messages": [{}]}' % (n, now - 1 + n) for n in range(3)
+    ]
+    async with create_persistence(memory_driver(), clock=lambda: now) as p:
+        importer = Importer(p)
+        await importer.run(given(lines))
+        assert (importer.added, importer.bad) == (1, 2)  # what is over already could never be read
+        assert (await p.repair(dry_run=True)).orphan_count == 0
+        assert await p.sessions.count_messages("s2") == 1
+        now += 1
+        assert await p.sessions.count_messages("s2") == 0
+
+
 async def test_what_is_the_same_is_no_contradiction() -> None:
     first = (
         b'{"session_id": "s1", "x": NaN, "messages": [{"a": NaN, "b": 1.0, "c": 12345678901234567890123}]}'
@@ -717,6 +732,16 @@ def test_closed_output_is_no_error(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "persistence", "sessions", "memory://", *json_]
         done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_where_nobody_reads_errors_it_works_all_the_same(tmp_path: Path) -> None:
+    lines, url = tmp_path / "one.jsonl", f"sqlite:///{tmp_path}/a.db"
+    lines.write_text('{"session_id": "s1", "messages": [{"role": "user"}]}\n')
+    for arguments in (["import", str(lines), "--to", url], ["repair", url], ["show", url, "s1"]):
+        command = [sys.executable, "-m", "persistence", *arguments]
+        done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, check=False)
+        assert done.returncode == 0
+    assert b"1 of 1 messages" in done.stdout
 
 
 def test_a_narrow_terminal_shows_ids(imported: str) -> None:

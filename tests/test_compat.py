@@ -104,7 +104,9 @@ async def test_pages_by_offset_as_the_newest_version_has_them(sqlite: AgentCheck
     assert isinstance(page, PaginatedResult)
     assert [item.created_at for item in page.items] == [2, 4, 6]
     assert (page.total, page.has_more, page.limit) == (3, False, 50)
-    for bad in ({"limit": 0}, {"offset": -1}, {"userId": "x"}, {"orderBy": "name"}):
+    wrong: list[dict[str, Any]] = [{"limit": limit} for limit in (0, 1.5, "3", True)]
+    wrong += [{"offset": offset} for offset in (-1, 1.5, "3")]
+    for bad in (*wrong, {"userId": "x"}, {"orderBy": "name"}):
         with pytest.raises(InvalidValueError):
             await sqlite.list_agent_checkpoints(bad)
 
@@ -134,6 +136,26 @@ async def test_checkpoints_of_applications(sqlite: AgentCheckpointStorage) -> No
     page = await sqlite.list_app_checkpoints({"sessionId": "s1"})
     assert isinstance(page, PaginatedResult)
     assert page.total == 1
+
+
+@pytest.mark.parametrize("name", ["projectDirectory", "project_directory", "workspaceDirectory"])
+async def test_the_directory_of_an_application_may_have_its_later_names(
+    sqlite: AgentCheckpointStorage, name: str
+) -> None:
+    id = await sqlite.store_app_checkpoint({"sessionId": "s", "hostname": "h", name: "/w", "state": 1})
+    found = await sqlite.retrieve_app_checkpoint(id)
+    assert found is not None
+    assert found.working_directory == "/w"
+
+
+async def test_what_is_no_mapping_is_refused(sqlite: AgentCheckpointStorage) -> None:
+    for call in (
+        sqlite.store_checkpoint([("agentId", "a")]),  # type: ignore[arg-type]
+        Checkpointer(sqlite.persistence).list("t", ["limit"]),  # type: ignore[arg-type]
+        Checkpointer(sqlite.persistence).list("t", {"before": 1}),
+    ):
+        with pytest.raises(InvalidValueError):
+            await call
 
 
 async def test_saving_at_once_gives_distinct_ids(sqlite: AgentCheckpointStorage) -> None:

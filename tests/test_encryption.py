@@ -214,6 +214,22 @@ def test_a_bad_key_is_refused_and_not_shown(keys: tuple[bytes, ...]) -> None:
     assert "short" not in str(caught.value)
 
 
+async def test_a_store_that_cannot_be_opened_without_keys_is_closed_again() -> None:
+    class Counting(MemoryDriver):
+        closed = 0
+
+        async def close(self) -> None:
+            self.closed += 1
+
+    driver = Counting()
+    async with create_persistence(encrypted(driver, b"k" * 32)):
+        assert driver.closed == 0
+    assert driver.closed == 1
+    with pytest.raises(ConfigurationError, match="is encrypted"):
+        await create_persistence(driver)
+    assert driver.closed == 2
+
+
 async def test_a_process_with_another_key_or_none_writes_nothing(tmp_path: Path) -> None:
     path, key = tmp_path / "store.db", b"k" * 32
     async with create_persistence(encrypted(sqlite_driver(path), key)) as p:

@@ -211,6 +211,38 @@ async def test_an_acknowledged_last_line_is_not_taken_for_a_torn_one(tmp_path: P
             await content(driver)
 
 
+@pytest.mark.parametrize("behind", ["a torn line", "the next block"])
+async def test_zeros_with_something_behind_them_are_corruption(
+    behind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as driver:
+        await put(driver, "p", a=b"1")
+        await put(driver, "p", b=b"2")
+    (log,) = logs(tmp_path)
+    header, first, second = log.read_bytes().splitlines(keepends=True)
+    damaged = header + bytes(len(first) - 1) + b"\n"
+    log.write_bytes(damaged + (second[:-1] if behind == "a torn line" else second))
+    if behind == "the next block":
+        monkeypatch.setattr(log_module, "_READ_BYTES", len(damaged))
+    async with opened(tmp_path) as driver:
+        with pytest.raises(CorruptRecordError, match="is damaged"):
+            await content(driver)
+        with pytest.raises(CorruptRecordError, match="is damaged"):
+            await driver.commit([write("p", Put("c", b"3"))])
+    assert log.read_bytes().startswith(damaged + second[:-1])
+
+
+async def test_a_damaged_header_stops_a_listing_and_a_file_of_another_kind_does_not(tmp_path: Path) -> None:
+    async with opened(tmp_path) as driver:
+        await put(driver, "p", a=b"1")
+        (log,) = logs(tmp_path)
+        log.with_suffix(".txt").write_text("a note\nof mine\n")
+        assert await driver.partitions(None, 10) == (["p"], None)
+        log.write_bytes(b"x" + log.read_bytes())
+        with pytest.raises(CorruptRecordError, match="is damaged at byte 0"):
+            await driver.partitions(None, 10)
+
+
 # Several at once.
 
 
@@ -225,10 +257,12 @@ async def test_a_partition_that_is_emptied_leaves_no_file(tmp_path: Path) -> Non
             assert await content(other) == {"a": b"1", "b": b"2"}
             await empty()
             assert logs(tmp_path) == []
-            assert await content(driver) == await content(other) == {}
-            await put(other, "p", c=b"3")
+            await put(other, "p", c=b"3")  # at once: nobody holds the lock of the file that is gone
             assert await content(driver) == await content(other) == {"c": b"3"}
             await driver.purge("p", "", None)
+            assert await content(driver) == await content(other) == {}
+            assert await driver.commit([write("p", Delete("c"))]) == [True]
+            assert logs(tmp_path) == []
 
 
 async def test_a_new_file_with_the_number_of_the_old_one_is_noticed(
@@ -308,6 +342,37 @@ async def test_small_entries_are_not_compacted_for_ever(tmp_path: Path) -> None:
         assert len(await content(driver)) == 4_000
 
 
+async def test_a_compacted_file_is_safe_from_a_power_cut_before_it_takes_its_place_and_so_is_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+    sync, sync_folder, replace = log_module._sync_file, log_module.sync_folder, os.replace
+
+    def note_file(fd: int) -> None:
+        sync(fd)
+        done.append((os.fstat(fd).st_ino, os.fstat(fd).st_size))
+
+    def note_folder(folder: Path) -> None:
+        sync_folder(folder)
+        done.append(folder)
+
+    def note_replaced(new: Path, old: Path) -> None:
+        done.append((new.stat().st_ino, new.stat().st_size))
+        replace(new, old)
+
+    monkeypatch.setattr(log_module, "_sync_file", note_file)
+    monkeypatch.setattr(log_module, "sync_folder", note_folder)
+    monkeypatch.setattr(os, "replace", note_replaced)
+    monkeypatch.setattr(log_module, "_COMPACT_BYTES", 300)
+    async with opened(tmp_path) as driver:
+        await put(driver, "p", a=b"1", b=b"\xff" * 4_000)
+        await put(driver, "p", b=b"2")
+        assert await content(driver) == {"a": b"1", "b": b"2"}
+        (log,) = logs(tmp_path)
+    new = (log.stat().st_ino, log.stat().st_size)
+    assert done[-3:] == [new, new, log.parent]
+
+
 async def test_a_failed_compaction_changes_nothing_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -326,6 +391,21 @@ async def test_a_failed_compaction_changes_nothing_and_is_told(
     ]
 
 
+async def test_what_others_write_after_a_failed_compaction_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "no rename today")
+
+    monkeypatch.setattr(log_module, "_COMPACT_BYTES", 300)
+    monkeypatch.setattr(os, "replace", refuse)
+    async with opened(tmp_path) as driver, opened(tmp_path) as other:
+        await put(driver, "p", a=b"\xff" * 4_000)
+        await put(driver, "p", a=b"1")
+        await put(other, "p", b=b"2")
+        assert await content(driver) == {"a": b"1", "b": b"2"}
+
+
 async def test_a_locked_file_makes_a_writer_give_up_and_no_reader_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,8 +414,9 @@ async def test_a_locked_file_makes_a_writer_give_up_and_no_reader_wait(
         await put(driver, "p", a=b"1")
         with logs(tmp_path)[0].open() as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            with pytest.raises(UnavailableError, match="locked"):
-                await driver.commit([write("p", Put("a", b"2"))])
+            for call in (driver.commit([write("p", Put("a", b"2"))]), driver.purge("p", "", None)):
+                with pytest.raises(UnavailableError, match="locked"):
+                    await call
             ops = [write(name, Put("a", b"2")) for name in ("o", "p", "q")]
             assert await driver.commit(ops) == [True, None, True]
             assert await content(driver) == {"a": b"1"}
@@ -422,6 +503,16 @@ async def test_open_files_and_indexes_are_bounded(tmp_path: Path, monkeypatch: p
         assert sorted(listed) == sorted(names)
         assert open_files(tmp_path) <= 256
     assert open_files(tmp_path) == 0
+
+
+async def test_a_file_that_is_being_written_is_not_closed_to_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_OPEN_FILES", 4)
+    async with opened(tmp_path) as driver:
+        for value in (b"1", b"2"):
+            assert await driver.commit([write(f"p{n}", Put("k", value)) for n in range(20)]) == [True] * 20
+        assert open_files(tmp_path) <= 20
 
 
 # Names.
@@ -521,6 +612,30 @@ async def test_the_names_of_a_new_file_and_its_folders_are_made_safe_for_power_a
         holders = [folder for folder in path.parents if folder.is_relative_to(tmp_path)]
         assert len(holders) == 5
         assert synced == ({folder.stat().st_ino for folder in holders} if durability == "power" else set())
+        synced.clear()
+        await driver.purge("p", "", None)
+        assert synced == ({path.parent.stat().st_ino} if durability == "power" else set())
+
+
+@pytest.mark.parametrize("durability", ["power", "process"])
+async def test_a_torn_line_is_cut_off_for_good_before_the_next_is_written_for_power_alone(
+    durability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, sizes = log_module._sync_file, list[int]()
+
+    def note(fd: int) -> None:
+        sizes.append(os.fstat(fd).st_size)
+        sync(fd)
+
+    async with opened(tmp_path, durability=durability) as driver:
+        await put(driver, "p", a=b"1")
+        (log,) = logs(tmp_path)
+        good = log.stat().st_size
+        with log.open("ab") as file:
+            file.write(b'{"sum":"')
+        monkeypatch.setattr(log_module, "_sync_file", note)
+        await put(driver, "p", a=b"2")
+        assert sizes == ([good, log.stat().st_size] if durability == "power" else [])
 
 
 async def test_a_write_that_could_not_be_synced_is_gone(
@@ -541,10 +656,9 @@ async def test_a_write_that_could_not_be_synced_is_gone(
             failures.append(OSError(errno.EIO, "Input/output error"))
             with pytest.raises(UnavailableError, match="Input/output error"):
                 await driver.commit([write(name, Put("a", b"2"), Put("b", b"3"))])
-        assert await content(driver) == await content(other) == {"a": b"1"}
-        assert await content(driver, "new") == await content(other, "new") == {}
-        await put(driver, "p", c=b"4")
+        await put(other, "p", c=b"4")  # at once: nobody holds the lock of the file that was replaced
         assert await content(driver) == await content(other) == {"a": b"1", "c": b"4"}
+        assert await content(driver, "new") == await content(other, "new") == {}
 
 
 async def test_what_is_not_allowed_is_told(tmp_path: Path) -> None:

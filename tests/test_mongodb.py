@@ -283,12 +283,15 @@ async def test_a_collection_that_must_exist_is_asked_for_and_not_made(server: Se
     assert '"x\\");f(\\""' in hostile.ddl()
 
 
-async def test_a_collection_that_sorts_otherwise_is_refused(server: Servers) -> None:
+@pytest.mark.parametrize("options", [{"collation": {"locale": "en"}}, {"capped": True, "size": 1 << 20}])
+async def test_a_collection_that_sorts_otherwise_or_drops_what_is_old_is_refused(
+    server: Servers, options: dict[str, Any]
+) -> None:
     name = f"c{uuid.uuid4().hex}"
     with MongoClient[Any](server("mongodb").url) as client:
-        client.persistence.create_collection(name, collation={"locale": "en"})
+        client.persistence.create_collection(name, **options)
         try:
-            with pytest.raises(ConfigurationError, match="collation"):
+            with pytest.raises(ConfigurationError, match="plain collection"):
                 await MongoDBDriver(server("mongodb").url, collection=name).open()
         finally:
             client.persistence.drop_collection(name)
@@ -325,6 +328,12 @@ async def test_a_malformed_url_is_an_error_of_configuration_and_stays_secret(url
         await MongoDBDriver(url).open()
     assert "s3cr" not in repr(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("mark", ["&", ";"])
+def test_what_an_url_says_is_not_said_again(mark: str) -> None:
+    driver = MongoDBDriver(f"mongodb://h/?replicaSet=rs0{mark}maxPoolSize=3", pool_size=4)
+    assert driver._connect().options.pool_options.max_pool_size == 3
 
 
 async def test_an_url_says_all_that_the_options_say(server: Servers) -> None:

@@ -545,6 +545,42 @@ async def test_a_lock_wait_that_times_out_changes_nothing_and_is_tried_again(
         assert len((await driver.scan("p", "", None, limit=9)).entries) == 2
 
 
+async def test_of_what_one_packet_holds_nothing_is_there_when_a_lock_wait_ends_the_call(
+    on: ModuleType, server: Servers
+) -> None:
+    url = server("mysql").url
+    async with opened(on, url, namespace="packet", timeout=1) as driver, connected(url) as other:
+        await driver.purge("p", "", None)
+        await driver.commit([Write("q", (Put("a", b"v"),), 1)])
+        await other.ask("BEGIN")
+        await other.ask("SELECT 1 FROM persistence WHERE p = 'packet/q' AND k = 'a' FOR UPDATE")
+        async with asyncio.timeout(DEADLINE):
+            with pytest.raises(UnavailableError) as caught:
+                await driver.commit([Write("p", (Put("a", b"w"),), 2), Write("q", (Delete("a"),), 3)])
+        await other.ask("ROLLBACK")
+        assert caught.value.unapplied
+        assert await driver.get([Key("p", "a"), Key("q", "a")]) == [None, Entry("a", b"v", 1)]
+
+
+async def test_a_key_that_is_absent_stays_so_while_it_is_deleted_with_another(
+    on: ModuleType, server: Servers
+) -> None:
+    url = server("mysql").url
+    async with opened(on, url, namespace="absent") as driver, connected(url, root=True) as other:
+        await driver.purge("p", "", None)
+        await driver.commit([create("p", "b")])
+        await other.ask("BEGIN")
+        await other.ask("SELECT 1 FROM persistence WHERE p = 'absent/p' AND k = 'b' FOR UPDATE")
+        ours = asyncio.create_task(driver.commit([Write("p", (Delete("a"), Delete("b")), 2)]))
+        await until_somebody_waits_for_a_lock(other)
+        theirs = asyncio.create_task(driver.commit([create("p", "a", version=3)]))
+        await asyncio.sleep(0.2)
+        assert not theirs.done()
+        await other.ask("ROLLBACK")
+        assert await ours == await theirs == [True]
+        assert await driver.get([Key("p", "a"), Key("p", "b")]) == [Entry("a", b"v", 3), None]
+
+
 # Connections and servers that die.
 
 

@@ -13,6 +13,7 @@ from persistence.options import (
     check_durability,
     check_identifier,
     check_namespace,
+    check_pool_size,
     flag,
     masked_url,
     missing_client,
@@ -132,3 +133,9 @@ def test_a_number_that_cannot_work_is_refused_by_its_name(url: str, option: str)
 def test_a_path_that_is_no_text_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="utf-8"):
         driver_from_url(url)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "4", None])
+def test_the_size_of_a_pool_is_a_whole_number_from_1_on(size: Any) -> None:
+    with pytest.raises(ConfigurationError, match="pool_size"):
+        check_pool_size(size)

@@ -602,6 +602,41 @@ async def test_a_server_that_refuses_to_write_has_written_nothing(server: Server
     assert caught.value.unapplied
 
 
+@pytest.mark.parametrize("fault", ["disk_full", "deadlock_detected"])
+async def test_a_server_that_undoes_a_write_each_time_has_written_nothing(
+    server: Servers, fault: str
+) -> None:
+    url = server("postgresql").url
+    async with (
+        own_table(url) as name,
+        opened(url, table=name, timeout=0.2) as driver,
+        connected(url) as other,
+        asyncio.timeout(DEADLINE),
+    ):
+        await other.execute(
+            f"CREATE FUNCTION {name}_json() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE {fault}; END';"
+            f"CREATE TRIGGER fault BEFORE INSERT ON {name} FOR EACH ROW EXECUTE FUNCTION {name}_json()"
+        )
+        with pytest.raises(UnavailableError, match=fault) as caught:
+            await driver.commit([create("p")])
+    assert caught.value.unapplied
+
+
+async def test_a_connection_that_confuses_its_client_is_unavailable_and_replaced(
+    server: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lose(*_: Any) -> None:
+        raise asyncpg.InternalClientError("got result for unknown protocol state 3")
+
+    async with opened(server("postgresql").url) as driver:
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncpg.Connection, "fetch", lose)
+            with pytest.raises(UnavailableError, match="unknown protocol state") as caught:
+                await driver.get([Key("p", "a")])
+        assert not caught.value.unapplied
+        assert await driver.get([Key("p", "a")]) == [None]
+
+
 async def test_a_restart_of_the_server_costs_a_delay(own_server: Servers) -> None:
     own = own_server("postgresql")
     async with opened(own.url) as driver:

@@ -10,7 +10,7 @@ from typing import Any
 
 from test_services import TodoAgent
 
-from persistence import ImageRecord, Persistence, SessionRecord, create_persistence, memory_driver
+from persistence import Persistence, create_persistence, memory_driver
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -44,12 +44,7 @@ async def prepared(p: Persistence) -> None:
 async def test_the_other_examples_run() -> None:
     async with create_persistence(memory_driver()) as p:
         await prepared(p)
-        names = {
-            "p": p,
-            "ImageRecord": ImageRecord,
-            "SessionRecord": SessionRecord,
-            "state": {"messages": [1]},
-        }
+        names = {"p": p, "state": {"messages": [1]}}
         await run(block('idempotency_key="turn-2"'), dict(names))
         await run(block("p.checkpoints.put").replace("state = await", "found = await"), dict(names))
         await run(block("service.attach(agent)"), {**names, "agent": TodoAgent()})

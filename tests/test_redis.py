@@ -150,10 +150,11 @@ async def test_a_partition_larger_than_a_step_is_purged(server: Servers) -> None
 
 async def test_an_entry_without_its_version_is_not_read_as_anything(server: Servers) -> None:
     async with opened(server("redis").url, namespace="broken") as driver:
-        await driver.commit([create("p", "a"), create("q", "a")])
+        await driver.commit([create("p", "a"), create("q", "a"), create("r", "a")])
         server("redis").command("HDEL", "agentx:{broken/p}", " a")
         server("redis").command("HDEL", "agentx:{broken/q}", "a")
-        for name in "pq":
+        server("redis").command("HSET", "agentx:{broken/r}", " a", "1")
+        for name in "pqr":
             with pytest.raises(CorruptRecordError, match="a"):
                 await driver.get([Key(name, "a")])
             with pytest.raises(CorruptRecordError, match="a"):
@@ -284,28 +285,31 @@ async def test_open_warns_of_a_server_that_may_lose_data(
 ) -> None:
     machine = own_server("redis")
 
-    async def warnings(durability: str = "power", **url: Any) -> str:
+    async def warnings(durability: str = "power", *, may_lose: bool = True, **url: Any) -> str:
         caplog.clear()
-        async with opened(url.get("url", machine.url), durability=durability):
-            pass
+        async with opened(url.get("url", machine.url), durability=durability) as driver:
+            assert driver.may_lose is may_lose
         assert {record.levelno for record in caplog.records} <= {logging.WARNING}
         assert {record.name for record in caplog.records} <= {"persistence"}
         return caplog.text
 
-    assert not await warnings()
+    assert not await warnings(may_lose=False)
     machine.command("CONFIG", "SET", "appendfsync", "everysec")
     assert "needs appendfsync always; the server has appendfsync everysec" in await warnings()
     assert not await warnings("process")
     machine.command("CONFIG", "SET", "appendonly", "no")
     assert "set appendonly yes and appendfsync always" in await warnings("process")
     machine.command("CONFIG", "SET", "save", "60 1")
-    assert "the server has no AOF; set appendonly yes as well" in await warnings()
-    assert not await warnings("process")
+    for fsync in ("everysec", "always"):
+        machine.command("CONFIG", "SET", "appendfsync", fsync)
+        assert "the server has no AOF; set appendonly yes as well" in await warnings()
+        assert not await warnings("process")
     machine.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     said = await warnings("process")
     assert "maxmemory-policy is allkeys-lru" in said
     assert "set it to noeviction" in said
 
+    machine.command("CONFIG", "SET", "appendonly", "yes")  # whoever may ask knows that nothing is lost
     machine.command("ACL", "SETUSER", "tenant", "on", ">secret", "~*", "+@all", "-config")
     assert "CONFIG is forbidden" in await warnings(url=f"redis://tenant:secret@127.0.0.1:{machine.port}")
 
@@ -323,8 +327,9 @@ async def test_open_warns_of_replicas_that_would_replace_a_primary_which_goes_on
     for least, durability, warned in (0, "power", True), (0, "process", False), (1, "power", False):
         primary.command("CONFIG", "SET", "min-replicas-to-write", least)
         caplog.clear()
-        async with opened(primary.url, durability=durability):
+        async with opened(primary.url, durability=durability) as driver:
             assert ("set min-replicas-to-write 1" in caplog.text) is warned
+            assert driver.may_lose  # by failing over
 
 
 async def test_a_server_that_its_replicas_have_left_is_asked_for_anew(own_server: Servers) -> None:
@@ -575,15 +580,32 @@ async def test_a_server_that_is_loading_refuses_the_command_it_says_so_of_and_no
 
         async def connect(self) -> None: ...
 
-        async def disconnect(self) -> None: ...
+        closed = False
+
+        async def disconnect(self) -> None:
+            self.closed = True
 
         async def send_packed_command(self, packet: object) -> None: ...
 
         async def read_response(self, *, disable_decoding: bool) -> bytes:
             raise exceptions.BusyLoadingError("LOADING Redis is loading the dataset in memory")
 
-    replies = await _exchange(cast("Any", Loading()), [b"first", b"second", b"third"], 1)
+    connection = Loading()
+    replies = await _exchange(cast("Any", connection), [b"first", b"second", b"third"], 1)
     assert [is_refusal(reply) for reply in replies] == [True, False, False]
+    assert connection.closed
+
+
+@pytest.mark.parametrize(
+    ("text", "undone"),
+    [
+        ("NOREPLICAS Not enough good replicas to write.", True),
+        ("ERR Error running script: @user_script: 9: -READONLY You can't write against a read only", True),
+        ("ERR user_script:9: Wrong number of args calling Redis command from script", False),
+    ],
+)
+def test_only_what_the_server_says_before_the_first_change_is_a_refusal(text: str, undone: bool) -> None:
+    assert is_refusal(exceptions.ResponseError(text)) is undone
 
 
 @pytest.mark.parametrize("member", [b"\xff", b"a b"])

@@ -500,6 +500,41 @@ async def test_an_idempotency_key_adds_once(p: Persistence) -> None:
     assert await p.sessions.add_message("s", {"n": 1}, idempotency_key="k", expected_last=0) == first
 
 
+async def test_nothing_is_removed_that_the_caller_has_not_seen(p: Persistence) -> None:
+    await p.sessions.add_messages("s", [{"n": n} for n in range(1, 4)])
+    for remove in (
+        p.sessions.clear_messages("s", expected_last=2),
+        p.sessions.truncate_after_message("s", seq=1, expected_last=4),
+    ):
+        with pytest.raises(ConflictError, match="the last number is 3"):
+            await remove
+    assert await p.sessions.count_messages("s") == 3
+    assert await p.sessions.truncate_after_message("s", seq=1, expected_last=3) == 2
+    assert await p.sessions.clear_messages("s", expected_last=1) == 1
+    assert await p.sessions.clear_messages("s", expected_last=0) == 0
+    assert await p.sessions.clear_messages("nobody", expected_last=0) == 0
+
+
+async def test_many_who_take_the_last_message_away_take_each_one_once(p: Persistence) -> None:
+    async def pop() -> int | None:
+        while True:
+            *before, last = [None, *await p.sessions.read_messages("s", last=2)]
+            if last is None:
+                return None
+            try:
+                if previous := before[-1]:
+                    await p.sessions.truncate_after_message("s", seq=previous.seq, expected_last=last.seq)
+                else:
+                    await p.sessions.clear_messages("s", expected_last=last.seq)
+            except (ConflictError, NotFoundError):
+                continue
+            return int(last.message["n"])
+
+    await p.sessions.add_messages("s", [{"n": n} for n in range(6)])
+    taken = await asyncio.gather(*(pop() for _ in range(8)))
+    assert sorted(n for n in taken if n is not None) == list(range(6))
+
+
 async def test_clear_truncate_and_go_on(p: Persistence) -> None:
     await p.sessions.add_messages("s", [{"id": f"m{n % 4}", "n": n} for n in range(1, 9)])
     assert await p.sessions.truncate_after_message("s", "m2") == 2  # the later one of n=2 and n=6

@@ -505,6 +505,26 @@ async def test_a_full_disk_rolls_the_group_back(path: Path) -> None:
         assert await driver.commit([write(5, "q", a=b"x" * 100_000)]) == [True]
 
 
+async def test_what_is_deleted_or_replaced_is_legible_nowhere_once_the_file_is_closed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_most_builds_do(*args: Any, **options: Any) -> sqlite3.Connection:
+        db: sqlite3.Connection = connect(*args, **options)
+        db.execute("PRAGMA secure_delete = OFF")  # Debian's SQLite has it on by default
+        return db
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", as_most_builds_do)
+    async with opened(path) as driver:
+        keys = [f"k{number:03}" for number in range(200)]
+        await driver.commit([Write("p", tuple(Put(key, b"SECRET" * 100) for key in keys), 1)])
+        await driver.commit([Write("p", tuple(Put(key, b"") for key in keys[:100]), 2)])
+        await driver.commit([Write("p", tuple(Delete(key) for key in keys[100:150]), 3)])
+        await driver.purge("p", keys[150], None)
+    assert path.read_bytes().count(b"SECRET") == 0
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 async def test_purge_leaves_the_lock_to_others_between_its_steps(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -13,7 +15,7 @@ from certificates import Certificates, make_certificates
 
 from persistence import ConfigurationError, PersistenceError, create_persistence
 from persistence.connect import driver_from_url
-from persistence.drivers import redis_driver
+from persistence.drivers import postgresql_driver, redis_driver
 
 SCHEMES = {
     "postgresql": "postgresql",
@@ -133,6 +135,17 @@ def test_an_authority_that_postgresql_asks_is_taken(mode: str, monkeypatch: pyte
     driver_from_url(f"postgresql://h/d?sslrootcert=ca.pem&sslmode={mode}")
     monkeypatch.setenv("PGSSLMODE", mode)
     driver_from_url("postgresql://h/d?sslrootcert=ca.pem")
+
+
+@pytest.mark.parametrize("asked", ["require", "verify-full", ssl.create_default_context()])
+def test_an_authority_of_the_url_is_taken_if_the_keyword_asks_it(asked: Any) -> None:
+    postgresql_driver("postgresql://h/d?sslrootcert=ca.pem", ssl=asked)
+
+
+@pytest.mark.parametrize("asked", [False, "prefer"])
+def test_an_authority_is_refused_if_the_keyword_says_that_nobody_asks_it(asked: Any) -> None:
+    with pytest.raises(ConfigurationError, match="add sslmode=verify-full"):
+        postgresql_driver("postgresql://h/d?sslmode=verify-full&sslrootcert=ca.pem", ssl=asked)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
