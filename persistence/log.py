@@ -411,11 +411,10 @@ class Log:
             return NotFoundError("it was deleted; save it again first", partition=partition)
         if self.gone(tail):
             return NotFoundError("its time was up; save it again first", partition=partition)
-        if fault := _unexpected(partition, append.expected_last, last):
-            return fault
-        late = append.deadline is not None and self._store.coalescer.loop.time() > append.deadline
-        if late and append.refusals >= _REFUSALS:
-            return outpaced(partition)
+        if append.expected_last is not None and append.expected_last != last:
+            return _unexpected(partition, append.expected_last, last)
+        if append.refusals >= _REFUSALS and append.deadline is not None:
+            return outpaced(partition) if self._store.coalescer.loop.time() > append.deadline else None
         return None
 
     async def _send(self, partition: str, batch: list[_Append], tail: Tail) -> bool:
@@ -755,8 +754,9 @@ class Log:
         async def make(tail: Tail) -> tuple[Op, ...] | None:
             nonlocal hidden, replaced
             spans = [] if self.gone(tail) else await self.spans(partition, tail)
-            if fault := _unexpected(partition, expected_last, spans[-1][1] if spans else 0):
-                raise fault
+            last = spans[-1][1] if spans else 0
+            if expected_last is not None and expected_last != last:
+                raise _unexpected(partition, expected_last, last)
             if after is not None and not _within(spans, after, after):
                 message = f"no visible entry has number {after}"
                 raise NotFoundError(message, partition=partition)
@@ -946,9 +946,7 @@ def _fail(appends: Sequence[_Append], error: BaseException) -> None:
         fail(append.future, error)
 
 
-def _unexpected(partition: str, expected_last: int | None, last: int) -> ConflictError | None:
-    if expected_last is None or expected_last == last:
-        return None
+def _unexpected(partition: str, expected_last: int, last: int) -> ConflictError:
     return ConflictError(f"the last number is {last}, not {expected_last}", partition=partition)
 
 
